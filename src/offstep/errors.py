@@ -1,0 +1,45 @@
+"""The exceptions that a caller may want to catch.
+
+OffstepError
+├── SaveFailed          (also OSError)       a checkpoint could not be made durable
+│   └── WriterDied      (also OSError)       ... because its writer process kept dying
+├── SaveTimeout         (also TimeoutError)  `wait(timeout)` ran out; the saves go on
+├── BudgetExceeded      (also MemoryError)   one snapshot does not fit the host memory budget
+├── UnsupportedLeaf     (also TypeError)     a leaf that no checkpoint reader could read back
+├── StructureMismatch   (also ValueError)    checkpoint and target differ in leaves or shapes
+└── CheckpointNotFound  (also FileNotFoundError)  nothing committed where it was looked for
+"""
+
+from __future__ import annotations
+
+
+class OffstepError(Exception):
+    """Base of all exceptions of this package."""
+
+
+class SaveFailed(OffstepError, OSError):
+    """A submitted checkpoint did not become durable; older ones are untouched."""
+
+
+class WriterDied(SaveFailed):
+    """The writer process died repeatedly while it worked on the same checkpoint."""
+
+
+class SaveTimeout(OffstepError, TimeoutError):
+    """`wait(timeout)` ran out before all submitted checkpoints were durable."""
+
+
+class BudgetExceeded(OffstepError, MemoryError):
+    """One snapshot of the state does not fit into the host memory budget."""
+
+
+class UnsupportedLeaf(OffstepError, TypeError):
+    """The state holds a leaf that stock readers could not restore."""
+
+
+class StructureMismatch(OffstepError, ValueError):
+    """A checkpoint and the structure to restore into do not agree."""
+
+
+class CheckpointNotFound(OffstepError, FileNotFoundError):
+    """No committed checkpoint was found."""

@@ -1,0 +1,174 @@
+"""The frozen records that the layers hand to each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PathKey = str | int
+"""One step of a leaf's path: a `str` is a dict key, an `int` a sequence index."""
+
+CRC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of the state, as the checkpoint will name and shape it.
+
+    Attributes:
+        path: Keys from the root of the tree to this leaf, e.g. `("trainable_variables", "d1", "kernel")`.
+        shape: Global shape.
+        dtype: NumPy (or ml_dtypes) name, e.g. `"float32"`, `"bfloat16"`.
+        value_type: What Orbax calls it: `"jax.Array"`, `"np.ndarray"` or `"scalar"`.
+        shard_shape: Shape of one shard; equal to `shape` when the leaf is not sharded.
+        sharding: Text that Orbax keeps in `_sharding` for this leaf; `None` for host arrays.
+        prng_impl: Name of the PRNG implementation of a key array, else `None`.
+    """
+
+    path: tuple[PathKey, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    value_type: str = "jax.Array"
+    shard_shape: tuple[int, ...] = ()
+    sharding: str | None = None
+    prng_impl: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path joined by dots, as Orbax names arrays."""
+        return ".".join(str(key) for key in self.path)
+
+
+@dataclass(frozen=True)
+class LeafLayout:
+    """Where one leaf lies in a slot: equally sized chunks, `stride_bytes` apart.
+
+    Chunk `i` (C order over `grid`) occupies `chunk_bytes` at `offset + i * stride_bytes`, followed at once by its
+    CRC-32C (4 bytes, little-endian). Chunks at the upper edge are padded with zeros to the full chunk shape, as zarr
+    wants it.
+    """
+
+    leaf: Leaf
+    chunk_shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    offset: int
+    chunk_bytes: int
+    stride_bytes: int
+
+    @property
+    def chunk_count(self) -> int:
+        return math.prod(self.grid)
+
+    def chunk_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yields (offset, size) in the slot for each chunk with its checksum, in C order over the grid."""
+        size = self.chunk_bytes + CRC_BYTES
+        for i in range(self.chunk_count):
+            yield self.offset + i * self.stride_bytes, size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All leaves of one state and their places in a slot; made once per model.
+
+    Attributes:
+        leaves: In the order in which the snapshot reads them.
+        slot_bytes: Size of one slot, a multiple of 4096.
+        empty_nodes: Paths of empty containers, each with the Orbax name of its type (`"Dict"`, `"List"`, ...).
+    """
+
+    leaves: tuple[LeafLayout, ...]
+    slot_bytes: int
+    empty_nodes: tuple[tuple[tuple[PathKey, ...], str], ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the arrays themselves, without padding and checksums."""
+        return sum(layout.chunk_bytes * layout.chunk_count for layout in self.leaves)
+
+    def to_json(self) -> dict[str, Any]:  # JSON objects
+        """Returns a JSON-ready form, for the writer process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Rebuilds the plan that `to_json` described."""
+        layouts = []
+        for item in data["leaves"]:
+            raw = item["leaf"]
+            leaf = Leaf(
+                path=tuple(raw["path"]),
+                shape=tuple(raw["shape"]),
+                dtype=raw["dtype"],
+                value_type=raw["value_type"],
+                shard_shape=tuple(raw["shard_shape"]),
+                sharding=raw["sharding"],
+                prng_impl=raw["prng_impl"],
+            )
+            layouts.append(
+                LeafLayout(
+                    leaf=leaf,
+                    chunk_shape=tuple(item["chunk_shape"]),
+                    grid=tuple(item["grid"]),
+                    offset=item["offset"],
+                    chunk_bytes=item["chunk_bytes"],
+                    stride_bytes=item["stride_bytes"],
+                )
+            )
+        empty = tuple((tuple(path), kind) for path, kind in data["empty_nodes"])
+        return cls(tuple(layouts), data["slot_bytes"], empty)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to write: what the trainer sends to the writer.
+
+    Attributes:
+        number: Sequence number within the run, from 1.
+        step: Training step; names the checkpoint inside its root.
+        format: Key into `formats.FORMATS`.
+        target: Final absolute path.
+        root: Directory that holds the steps of an Orbax root (`target`'s parent).
+        slot: Number of the slot with the snapshot.
+        plan: Number of the plan that describes the slot.
+        keep: How many of the newest steps of `root` stay; `None` keeps all.
+        replace_all: Every other step of `root` goes once this one is durable.
+        manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
+    """
+
+    number: int
+    step: int
+    format: str
+    target: str
+    root: str
+    slot: int
+    plan: int
+    keep: int | None = None
+    replace_all: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)  # JSON
+
+
+@dataclass(frozen=True)
+class SaveStats:
+    """What one save cost.
+
+    Attributes:
+        step: Training step.
+        path: What the user can load; for a root that holds one step, the root.
+        state_bytes: Bytes of state.
+        call_seconds: Time in the training thread's hook.
+        wait_seconds: The part of `call_seconds` spent waiting for a free slot.
+        durable_seconds: From the start of the call until the checkpoint was durable; `None` while pending or failed.
+        cpu_seconds: CPU time that the writer spent on it; `None` while pending or failed.
+        error: Message of the failure, else `None`.
+    """
+
+    step: int
+    path: str
+    state_bytes: int
+    call_seconds: float
+    wait_seconds: float
+    durable_seconds: float | None = None
+    cpu_seconds: float | None = None
+    error: str | None = None
