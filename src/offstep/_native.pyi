@@ -1,0 +1,66 @@
+"""Copies, checksums and writes, in C.
+
+Each function releases the GIL while it works on more than a few kilobytes. Buffers are C-contiguous.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+
+from typing_extensions import Buffer
+
+def gather(sources: Sequence[int], entries: Buffer, slot: Buffer, threads: int) -> None:
+    """Copies ranges of many buffers into one slot.
+
+    For each entry, `size` bytes at `sources[source] + source_offset` go to `slot[slot_offset:]`, then `pad` zero
+    bytes, then, if `flags` is 1, the CRC-32C of those `size + pad` bytes as 4 bytes, little-endian. `entries` is a
+    packed array of 40-byte structs; with NumPy:
+
+        ENTRY = np.dtype(
+            [
+                ("source_offset", "<u8"),
+                ("slot_offset", "<u8"),
+                ("size", "<u8"),
+                ("pad", "<u8"),
+                ("source", "<u4"),
+                ("flags", "<u4"),
+            ]
+        )
+
+    `sources` are addresses; the caller keeps them alive and readable until the call returns, and sees to it that no
+    two entries overlap in the slot. `threads` (1 to 256) counts the calling thread. May be called from several
+    threads at once and after a fork; one call at a time has the helper threads, others work alone.
+
+    Raises:
+        ValueError: an entry leaves the slot, or names a source that is not there. Nothing was copied.
+    """
+
+def crc32c(data: Buffer, crc: int = 0) -> int:
+    """Returns the CRC-32C (RFC 3720; zarr3's `crc32c` codec) of `data`, continuing from `crc`."""
+
+def prefault(slot: Buffer, threads: int) -> None:
+    """Makes all pages of the slot present, in huge pages where the system grants them; changes no byte.
+
+    Raises:
+        OSError: the memory is not to be had.
+    """
+
+def write_at(fd: int, data: Buffer, offset: int, block_bytes: int, threads: int) -> None:
+    """Writes all of `data` at `offset`, in blocks of `block_bytes`, `threads` of them in flight.
+
+    Interrupted and short writes are continued. With `O_DIRECT` the caller aligns address, size, offset and block.
+
+    Raises:
+        OSError: the first failure, with its `errno`. What was written by then is unspecified.
+    """
+
+def rename_exchange(
+    first: str | bytes | PathLike[str] | PathLike[bytes], second: str | bytes | PathLike[str] | PathLike[bytes], /
+) -> None:
+    """Swaps two paths atomically.
+
+    Raises:
+        OSError: with `errno.ENOSYS` or `errno.EINVAL` where system or file system cannot.
+    """
+
+def cpu_features() -> str:
+    """Names the instruction sets that are used here, e.g. `"sse4.2 avx2 avx512 vpclmul"`."""
