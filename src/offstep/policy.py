@@ -1,0 +1,203 @@
+"""When to save, what counts as better, and where it goes: pure decisions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from string import Formatter
+from typing import Literal
+
+TargetKind = Literal["steps", "single"]
+
+STEP_FIELD = "{step}"
+
+# Suffixes are matched in this order: ".weights.h5" also ends with ".h5".
+_FORMAT_BY_SUFFIX = {
+    ".weights.h5": "keras_weights",
+    ".keras": "keras_archive",
+    ".h5": "keras_legacy",
+}
+
+# https://docs.python.org/3/library/string.html#format-specification-mini-language, numbers only. Widths have at most
+# three digits: no file name is longer, and a wider one would only cost memory.
+_NUMBER_FORMAT = re.compile(r"([^{}/\\\0]?[<>=^])?[-+ ]?z?#?0?\d{0,3}[_,]?(\.\d{1,3})?[bdoxXeEfFgGn%]?")
+
+
+class BatchCounter:
+    """Says at which batches a save is due, counting as `keras.callbacks.ModelCheckpoint` does.
+
+    Batches are counted across epochs and by as many as `steps_per_execution` moves on at a time. What goes beyond
+    `every` when a save becomes due is dropped.
+
+    Example:
+        >>> counter = BatchCounter(every=2)
+        >>> [counter.should_save(batch) for batch in (0, 1, 2, 0)]
+        [False, True, False, True]
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._seen = 0
+        self._last_batch: int | None = None
+
+    def should_save(self, batch: int) -> bool:
+        """Counts up to `batch` (0-based in its epoch); call it once per batch hook."""
+        is_new_epoch = self._last_batch is None or batch <= self._last_batch
+        self._seen += batch + 1 if is_new_epoch else batch - (self._last_batch or 0)
+        self._last_batch = batch
+        if self._seen < self._every:
+            return False
+        self._seen = 0
+        return True
+
+
+def is_improvement(current: float, best: float | None, *, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:
+    """Returns whether `current` is better than `best` by more than `min_delta`.
+
+    A `current` that is NaN or infinite is never better; a `best` of `None` or NaN is no best yet.
+    """
+    if not math.isfinite(current):
+        return False
+    if best is None or math.isnan(best):
+        return True
+    if mode == "min":
+        return current + abs(min_delta) < best
+    return current - abs(min_delta) > best
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Constant text, then the field that follows it, if any."""
+
+    text: str
+    field: str | None
+    spec: str
+
+
+class Template:
+    """A file name with fields to fill in, as `keras.callbacks.ModelCheckpoint` takes it, checked at construction.
+
+    A field is a plain name with a number format: `{epoch:03d}`, `{val_loss:.2f}`, `{dense/acc}`. Attribute, index
+    and conversion access, positional fields and nested formats are refused.
+
+    Example:
+        >>> Template("ckpts/{epoch:03d}-{val_loss:.2f}").format({"epoch": 4, "val_loss": 0.125})
+        'ckpts/004-0.12'
+
+    Args:
+        text: The template.
+        filepath: What messages quote in place of `text`, where `text` is only a part of what the user gave.
+
+    Raises:
+        ValueError: `text` is empty or malformed, or has a field that is not allowed.
+    """
+
+    def __init__(self, text: str, *, filepath: str | None = None) -> None:
+        self.text = text
+        self.filepath = text if filepath is None else filepath
+        self._pieces = _parse(text, self.filepath)
+
+    def __repr__(self) -> str:
+        return f"Template({self.text!r})"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of all fields."""
+        return frozenset(piece.field for piece in self._pieces if piece.field is not None)
+
+    def format(self, values: Mapping[str, object]) -> str:
+        """Returns the name with `values` (numbers, or arrays of rank 0) filled in.
+
+        Raises:
+            KeyError: a field has no value; the text is Keras's.
+            ValueError: a value is not a number, its format does not suit it, or the name would leave the directory.
+        """
+        return "".join(
+            piece.text if piece.field is None else piece.text + self._fill(piece.field, piece.spec, values)
+            for piece in self._pieces
+        )
+
+    def _fill(self, field: str, spec: str, values: Mapping[str, object]) -> str:
+        try:
+            value = values[field]
+        except KeyError as error:
+            raise KeyError(self._failed(str(error))) from error
+        if not _is_number(value):
+            raise ValueError(self._failed(f"{field!r} must be a number, got {type(value).__name__} {value!r}"))
+        try:
+            filled = format(value, spec)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(self._failed(f"{field!r} with value {value!r}: {error}")) from error
+        if re.search(r"[/\\\0]|^\.*$", filled):
+            raise ValueError(self._failed(f"{field!r} becomes {filled!r}, which would leave the directory"))
+        return filled
+
+    def _failed(self, reason: str) -> str:
+        return f'Failed to format this callback filepath: "{self.filepath}". Reason: {reason}'
+
+
+def split_target(template: Template) -> tuple[Template, TargetKind]:
+    """Returns the root of the steps for an Orbax directory, and whether it holds many steps or one.
+
+    `ckpts/{step}` is the root `ckpts` with its `"steps"`. Any other template is itself a root, of a `"single"` step
+    that each save replaces. Either way a checkpoint is `<root>/<step>`, which is what stock readers want to find.
+    """
+    text = template.text.rstrip("/") or "/"
+    parent, _, last = text.rpartition("/")
+    if last != STEP_FIELD:
+        return Template(text, filepath=template.filepath), "single"
+    root = parent or ("/" if text.startswith("/") else ".")
+    return Template(root, filepath=template.filepath), "steps"
+
+
+def format_of(filepath: str) -> str:
+    """Returns the name of the format that `filepath` asks for by its suffix; what is no Keras file is a directory."""
+    for suffix, name in _FORMAT_BY_SUFFIX.items():
+        if filepath.endswith(suffix):
+            return name
+    return "orbax_directory"
+
+
+def _parse(text: str, filepath: str) -> tuple[_Piece, ...]:
+    if not text or "\0" in text:
+        raise ValueError(f"The filepath must be a non-empty string without null characters. Received: {filepath=!s}")
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"The filepath is not a valid template: {error}. Received: {filepath=!s}") from error
+    for _, field, spec, conversion in parts:
+        fault = None if field is None else _find_fault(field, spec or "", conversion)
+        if fault is not None:
+            raise ValueError(
+                f"The filepath may hold plain field names with a number format only, as in '{{epoch:03d}}'; "
+                f"{fault}. Received: {filepath=!s}"
+            )
+    return tuple(_Piece(literal, field, spec or "") for literal, field, spec, _ in parts)
+
+
+def _find_fault(field: str, spec: str, conversion: str | None) -> str | None:
+    if not field or field.isdecimal():
+        return f"field '{{{field}}}' is positional"
+    if re.search(r"[.\[\]]", field):
+        return f"field '{{{field}}}' reaches into its value"
+    if conversion is not None:
+        return f"field '{{{field}}}' has a conversion '!{conversion}'"
+    if not _NUMBER_FORMAT.fullmatch(spec):
+        return f"field '{{{field}}}' has the format '{spec}', which is not one for numbers"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Real):
+        return True
+    # NumPy and JAX arrays of rank 0, recognised without importing either; their dtype may still be text.
+    if getattr(value, "ndim", None) != 0:
+        return False
+    try:
+        float(value)  # type: ignore[arg-type]  # any object; TypeError is an answer here
+    except (TypeError, ValueError):
+        return False
+    return True

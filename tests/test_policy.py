@@ -1,0 +1,216 @@
+"""The decisions of `keras.callbacks.ModelCheckpoint`, without Keras."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offstep.policy import BatchCounter, TargetKind, Template, format_of, is_improvement, split_target
+
+Mode = Literal["min", "max"]
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@given(
+    every=st.integers(1, 12),
+    steps_per_execution=st.integers(1, 5),
+    epochs=st.lists(st.integers(1, 20), max_size=6),
+)
+def test_batches_are_counted_as_keras_counts_them(every: int, steps_per_execution: int, epochs: list[int]) -> None:
+    stock = keras.callbacks.ModelCheckpoint("m.keras", save_freq=every)
+    counter = BatchCounter(every)
+    for batches in epochs:
+        for batch in range(steps_per_execution - 1, batches, steps_per_execution):
+            assert counter.should_save(batch) == stock._should_save_on_batch(batch)
+
+
+def test_remainder_is_dropped_when_a_save_is_due() -> None:
+    counter = BatchCounter(every=3)
+    assert [counter.should_save(batch) for batch in (1, 3, 5, 7)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("current", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("best", [None, 1.0])
+def test_non_finite_metric_is_never_best(current: float, mode: Mode, best: float | None) -> None:
+    assert not is_improvement(current, best, mode=mode)
+
+
+@pytest.mark.parametrize("best", [None, float("nan")])
+def test_first_finite_metric_is_best(best: float | None) -> None:
+    assert is_improvement(5.0, best, mode="min")
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", float("inf")), ("max", float("-inf"))])
+def test_infinite_threshold_lets_the_first_metric_through(mode: Mode, best: float | None) -> None:
+    assert is_improvement(5.0, best, mode=mode)
+
+
+def test_equal_metric_is_no_improvement() -> None:
+    assert not is_improvement(1.0, 1.0, mode="min")
+    assert not is_improvement(1.0, 1.0, mode="max")
+
+
+def test_improvement_must_exceed_min_delta() -> None:
+    assert not is_improvement(0.75, 1.0, mode="min", min_delta=0.25)
+    assert is_improvement(0.5, 1.0, mode="min", min_delta=0.25)
+    assert not is_improvement(1.25, 1.0, mode="max", min_delta=0.25)
+    assert is_improvement(1.5, 1.0, mode="max", min_delta=0.25)
+
+
+@given(
+    text=st.sampled_from(
+        ["{epoch:03d}-{val_loss:.2f}", "{epoch}", "a{{b}}{val_loss:+.3e}", "{epoch:>8}", "{val_loss:_.1f}.keras"]
+    ),
+    epoch=st.integers(0, 10**6),
+    val_loss=st.floats(),
+)
+def test_names_are_those_of_str_format(text: str, epoch: int, val_loss: float) -> None:
+    values = {"epoch": epoch, "val_loss": val_loss}
+    assert Template(text).format(values) == text.format(**values)
+
+
+@pytest.mark.parametrize("name", ["dense/acc", "my metric", "päivä", "a-b", "a=b"])
+def test_odd_metric_names_are_fields(name: str) -> None:
+    template = Template(f"{{epoch}}-{{{name}:.2f}}")
+    assert template.fields == {"epoch", name}
+    assert template.format({"epoch": 3, name: 0.5}) == "3-0.50"
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), np.int64(2), True, np.float64("nan")])
+def test_scalars_are_formatted_as_they_format_themselves(value: object) -> None:
+    assert Template("{x}").format({"x": value}) == f"{value}"
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "reason"),
+    [
+        ("{epoch.__class__}", "{epoch.__class__}", "reaches into its value"),
+        ("{a[0]}", "{a[0]}", "reaches into its value"),
+        ("{x!r}", "{x}", "has a conversion '!r'"),
+        ("{x!s:>4}", "{x}", "has a conversion '!s'"),
+        ("{x:{width}}", "{x}", "has the format '{width}', which is not one for numbers"),
+        ("{x:s}", "{x}", "has the format 's', which is not one for numbers"),
+        ("{x:c}", "{x}", "has the format 'c', which is not one for numbers"),
+        ("{x:%Y}", "{x}", "has the format '%Y', which is not one for numbers"),
+        ("{x:9999999999d}", "{x}", "has the format '9999999999d', which is not one for numbers"),
+        ("{x:/>9}", "{x}", "has the format '/>9', which is not one for numbers"),
+        ("{}", "{}", "is positional"),
+        ("{0}", "{0}", "is positional"),
+    ],
+)
+def test_field_that_is_not_plain_is_refused_at_construction(text: str, field: str, reason: str) -> None:
+    message = (
+        "The filepath may hold plain field names with a number format only, as in '{epoch:03d}'; "
+        f"field '{field}' {reason}. Received: filepath=ckpts/{text}"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        Template(f"ckpts/{text}")
+
+
+@pytest.mark.parametrize("text", ["{epoch", "epoch}", "{a/{step}", "{x!}"])
+def test_malformed_template_is_refused_at_construction(text: str) -> None:
+    ending = re.escape(f". Received: filepath={text}")
+    with pytest.raises(ValueError, match=rf"^The filepath is not a valid template: .*{ending}$"):
+        Template(text)
+
+
+@pytest.mark.parametrize("text", ["", "a\0b"])
+def test_filepath_that_cannot_exist_is_refused(text: str) -> None:
+    message = f"The filepath must be a non-empty string without null characters. Received: filepath={text}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        Template(text)
+
+
+def test_missing_field_is_reported_in_the_words_of_keras() -> None:
+    stock = keras.callbacks.ModelCheckpoint("m-{epoch}-{val_loss:.2f}.keras")
+    with pytest.raises(KeyError) as expected:
+        stock._get_file_path(0, None, {})
+
+    with pytest.raises(KeyError) as error:
+        Template("m-{epoch}-{val_loss:.2f}.keras").format({"epoch": 1})
+
+    assert error.value.args == expected.value.args
+
+
+@pytest.mark.parametrize("value", ["../../etc/passwd", "a/b", "..", "1.5", None, [1], np.zeros(2), np.array("..")])
+def test_value_that_is_not_a_number_is_refused(value: object) -> None:
+    message = (
+        'Failed to format this callback filepath: "ckpts/{loss}". '
+        f"Reason: 'loss' must be a number, got {type(value).__name__} {value!r}"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        Template("ckpts/{loss}").format({"loss": value})
+
+
+def test_number_that_writes_itself_as_a_path_is_refused() -> None:
+    class Traversal(float):
+        def __format__(self, spec: str) -> str:
+            return "../x"
+
+    with pytest.raises(ValueError, match=r"'loss' becomes '\.\./x', which would leave the directory$"):
+        Template("ckpts/{loss}").format({"loss": Traversal(1)})
+
+
+def test_format_that_does_not_suit_the_value_names_field_and_value() -> None:
+    message = (
+        'Failed to format this callback filepath: "{loss:03d}". '
+        "Reason: 'loss' with value 0.5: Unknown format code 'd' for object of type 'float'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        Template("{loss:03d}").format({"loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("filepath", "root", "kind"),
+    [
+        ("ckpts/{step}", "ckpts", "steps"),
+        ("ckpts/{step}/", "ckpts", "steps"),
+        ("/{step}", "/", "steps"),
+        ("{step}", ".", "steps"),
+        ("run-{epoch}/{step}", "run-{epoch}", "steps"),
+        ("gs://bucket/{step}", "gs://bucket", "steps"),
+        ("ckpts/best", "ckpts/best", "single"),
+        ("ckpts/best/", "ckpts/best", "single"),
+        ("ckpts/{epoch:02d}-{val_loss:.2f}", "ckpts/{epoch:02d}-{val_loss:.2f}", "single"),
+        ("ckpts/{step:06d}", "ckpts/{step:06d}", "single"),
+        ("ckpts/at-{step}", "ckpts/at-{step}", "single"),
+        ("ckpts/{{step}}", "ckpts/{{step}}", "single"),
+        ("{dense/acc}", "{dense/acc}", "single"),
+        ("/", "/", "single"),
+    ],
+)
+def test_root_and_kind_follow_from_the_last_part(filepath: str, root: str, kind: TargetKind) -> None:
+    template, found = split_target(Template(filepath))
+    assert (template.text, found) == (root, kind)
+
+
+def test_root_quotes_the_filepath_that_the_user_gave() -> None:
+    root, _ = split_target(Template("run-{seed}/{step}"))
+    with pytest.raises(KeyError, match=r'filepath: "run-\{seed\}/\{step\}"'):
+        root.format({"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("filepath", "name"),
+    [
+        ("a/m.weights.h5", "keras_weights"),
+        ("a/m-{epoch}.keras", "keras_archive"),
+        ("m.h5", "keras_legacy"),
+        ("ckpts/{step}", "orbax_directory"),
+        ("ckpts/best", "orbax_directory"),
+        ("m.keras/{step}", "orbax_directory"),
+        ("m.KERAS", "orbax_directory"),
+    ],
+)
+def test_format_follows_from_the_suffix(filepath: str, name: str) -> None:
+    assert format_of(filepath) == name
