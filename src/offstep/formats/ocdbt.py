@@ -1,0 +1,286 @@
+"""Encodes an OCDBT database: the container in which TensorStore and Orbax keep arrays.
+
+The byte layout is TensorStore's, published with its sources as `tensorstore/kvstore/ocdbt/index.rst`. Written here are
+the `single` manifest kind, no compression, one version (generation 1) and one data file. That file begins with the
+values that the entries refer to, whoever put them there; the B+tree nodes follow at `node_offset`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+MAX_NODE_BYTES = 100_000_000
+"""Largest decoded node, as Orbax configures it."""
+
+DATA_FILE_BYTES = 34
+"""Length of a data file's name: `d/` and 32 hex digits."""
+
+_MANIFEST_MAGIC = 0x0CDB3A2A
+_NODE_MAGIC = 0x0CDB20DE
+_HEAD_BYTES = 14
+_CRC_BYTES = 4
+_MAX_INLINE_VALUE_BYTES = 1024
+_VERSION_TREE_ARITY_LOG2 = 4
+_GENERATION = 1
+_INLINE, _OUT_OF_LINE = 0, 1
+_ONLY_FILE = 0  # index into a data file table of one entry
+# Upper bound of what an entry costs beside its key and value: at most nine varints of a 63-bit number.
+_ENTRY_OVERHEAD_BYTES = 81
+
+Crc32c = Callable[[bytes, int], int]
+"""CRC-32C of some bytes, continued from an earlier result (0 to start)."""
+
+
+@dataclass(frozen=True)
+class SlotRange:
+    """A value that lies in the data file itself."""
+
+    offset: int
+    size: int
+
+
+Entry = tuple[bytes, bytes | SlotRange]
+"""Key and value; the value is either stored in the node or referred to."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """One B+tree node, complete but for the name of the data file and the checksum.
+
+    `key_count`, `tree_bytes` and `value_bytes` (referred to, not inline) cover the whole subtree.
+    """
+
+    height: int
+    first_key: bytes
+    columns: bytes
+    offset: int
+    size: int
+    key_count: int
+    tree_bytes: int
+    value_bytes: int
+
+
+@dataclass(frozen=True)
+class PreparedDatabase:
+    """A database with all that stays the same from one save to the next, made by `prepare_database`."""
+
+    nodes: tuple[_Node, ...]  # in file order: children first, the root last
+
+    def encode(
+        self, *, data_file: str, uuid: bytes, commit_time_ns: int, crc32c: Crc32c
+    ) -> tuple[tuple[bytes, ...], bytes]:
+        """Returns the bytes that follow the values in the data file, in parts to be joined, and the manifest.
+
+        Costs one pass of `crc32c` over the nodes; nothing of their size is copied.
+        """
+        if len(data_file) != DATA_FILE_BYTES:
+            raise ValueError(
+                f"data file name {data_file!r} has {len(data_file)} characters, expected {DATA_FILE_BYTES}"
+            )
+        table = _encode_file_table(data_file)
+        parts = tuple(part for node in self.nodes for part in _encode_node(node, table, crc32c))
+        return parts, _encode_manifest(self.nodes[-1], table, uuid, commit_time_ns, crc32c)
+
+
+def encode_database(
+    entries: Sequence[Entry],
+    *,
+    data_file: str,
+    node_offset: int,
+    uuid: bytes,
+    commit_time_ns: int,
+    crc32c: Crc32c,
+    max_node_bytes: int = MAX_NODE_BYTES,
+) -> tuple[bytes, bytes]:
+    """Returns (nodes, manifest) for entries in ascending order of their keys.
+
+    The nodes belong at `node_offset` of `data_file`, the manifest into `manifest.ocdbt`.
+    """
+    database = prepare_database(entries, node_offset=node_offset, max_node_bytes=max_node_bytes)
+    parts, manifest = database.encode(data_file=data_file, uuid=uuid, commit_time_ns=commit_time_ns, crc32c=crc32c)
+    return b"".join(parts), manifest
+
+
+def prepare_database(
+    entries: Sequence[Entry], *, node_offset: int, max_node_bytes: int = MAX_NODE_BYTES
+) -> PreparedDatabase:
+    """Lays out the B+tree of `entries`, which must be in strictly ascending order of their keys.
+
+    Raises:
+        ValueError: there are no entries, or they are not in order.
+    """
+    _check_order([key for key, _ in entries])
+    nodes: list[_Node] = []
+    offset = node_offset
+    for group in _split(entries, _entry_bytes, max_node_bytes, at_least=1):
+        nodes.append(_make_leaf_node(group, offset))
+        offset += nodes[-1].size
+    level = list(nodes)
+    while len(level) > 1:
+        parents = []
+        for children in _split(level, _child_bytes, max_node_bytes, at_least=2):
+            parents.append(_make_interior_node(children, offset))
+            offset += parents[-1].size
+        nodes += parents
+        level = parents
+    return PreparedDatabase(tuple(nodes))
+
+
+def _check_order(keys: Sequence[bytes]) -> None:
+    if not keys:
+        raise ValueError("an OCDBT database needs at least one entry")
+    for before, after in pairwise(keys):
+        if before >= after:
+            raise ValueError(f"OCDBT keys must ascend: {before!r} stands before {after!r}")
+
+
+_Item = TypeVar("_Item")
+
+
+def _split(
+    items: Sequence[_Item], size_of: Callable[[_Item], int], limit: int, *, at_least: int
+) -> Iterator[Sequence[_Item]]:
+    """Cuts `items` into runs that stay below `limit` bytes, but hold `at_least` items (the last one may hold fewer)."""
+    start = 0
+    total = 0
+    for i, item in enumerate(items):
+        size = size_of(item)
+        if i - start >= at_least and total + size > limit:
+            yield items[start:i]
+            start, total = i, 0
+        total += size
+    yield items[start:]
+
+
+def _entry_bytes(entry: Entry) -> int:
+    key, value = entry
+    inline = len(value) if isinstance(value, bytes) else 0
+    return len(key) + inline + _ENTRY_OVERHEAD_BYTES
+
+
+def _child_bytes(child: _Node) -> int:
+    return len(child.first_key) + _ENTRY_OVERHEAD_BYTES
+
+
+def _make_leaf_node(entries: Sequence[Entry], offset: int) -> _Node:
+    values = [value for _, value in entries]
+    inline = [value for value in values if isinstance(value, bytes)]
+    ranges = [value for value in values if isinstance(value, SlotRange)]
+    prefixes, suffix_lengths, suffixes = _encode_keys([key for key, _ in entries])
+    columns = (
+        _varint(len(entries)),
+        prefixes,
+        suffix_lengths,
+        suffixes,
+        _varints(len(value) if isinstance(value, bytes) else value.size for value in values),
+        bytes(_INLINE if isinstance(value, bytes) else _OUT_OF_LINE for value in values),
+        _varints(_ONLY_FILE for _ in ranges),
+        _varints(value.offset for value in ranges),
+        *inline,
+    )
+    return _make_node(0, entries[0][0], columns, offset, (len(entries), 0, sum(value.size for value in ranges)))
+
+
+def _make_interior_node(children: Sequence[_Node], offset: int) -> _Node:
+    prefixes, suffix_lengths, suffixes = _encode_keys([child.first_key for child in children])
+    columns = (
+        _varint(len(children)),
+        prefixes,
+        suffix_lengths,
+        # No prefix is taken away from the keys of the subtrees, so that a node does not depend on its siblings.
+        _varints(0 for _ in children),
+        suffixes,
+        _varints(_ONLY_FILE for _ in children),
+        _varints(child.offset for child in children),
+        _varints(child.size for child in children),
+        _varints(child.key_count for child in children),
+        _varints(child.tree_bytes for child in children),
+        _varints(child.value_bytes for child in children),
+    )
+    key_count = sum(child.key_count for child in children)
+    tree_bytes = sum(child.tree_bytes for child in children)
+    value_bytes = sum(child.value_bytes for child in children)
+    height = children[0].height + 1
+    return _make_node(height, children[0].first_key, columns, offset, (key_count, tree_bytes, value_bytes))
+
+
+def _make_node(
+    height: int, first_key: bytes, columns: Sequence[bytes], offset: int, statistics: tuple[int, int, int]
+) -> _Node:
+    """`statistics`: keys, node bytes below this node, value bytes."""
+    joined = b"".join(columns)
+    table_bytes = len(_encode_file_table("-" * DATA_FILE_BYTES))
+    size = _HEAD_BYTES + 1 + table_bytes + len(joined) + _CRC_BYTES
+    key_count, bytes_below, value_bytes = statistics
+    return _Node(height, first_key, joined, offset, size, key_count, size + bytes_below, value_bytes)
+
+
+def _encode_keys(keys: Sequence[bytes]) -> tuple[bytes, bytes, bytes]:
+    """Returns the columns of prefix lengths, suffix lengths and suffixes."""
+    shared = [_shared_bytes(*pair) for pair in pairwise(keys)]
+    suffixes = [key[start:] for key, start in zip(keys, [0, *shared], strict=True)]
+    return _varints(shared), _varints(len(suffix) for suffix in suffixes), b"".join(suffixes)
+
+
+def _shared_bytes(before: bytes, after: bytes) -> int:
+    """Length of the common prefix."""
+    same = (a == b for a, b in zip(before, after, strict=False))
+    return next((i for i, equal in enumerate(same) if not equal), min(len(before), len(after)))
+
+
+def _encode_node(node: _Node, table: bytes, crc32c: Crc32c) -> tuple[bytes, bytes, bytes]:
+    head = _encode_head(_NODE_MAGIC, node.size) + bytes([node.height]) + table
+    crc = crc32c(node.columns, crc32c(head, 0))
+    return head, node.columns, struct.pack("<I", crc)
+
+
+def _encode_manifest(root: _Node, table: bytes, uuid: bytes, commit_time_ns: int, crc32c: Crc32c) -> bytes:
+    config = (
+        uuid,
+        _varint(0),  # manifest kind: single
+        _varint(_MAX_INLINE_VALUE_BYTES),
+        _varint(MAX_NODE_BYTES),
+        bytes([_VERSION_TREE_ARITY_LOG2]),
+        _varint(0),  # compression: none
+    )
+    numbers = (_ONLY_FILE, root.offset, root.size, root.key_count, root.tree_bytes, root.value_bytes)
+    versions = (
+        _varint(1),  # number of versions
+        _varint(_GENERATION),
+        bytes([root.height]),
+        _varints(numbers),
+        struct.pack("<Q", commit_time_ns),
+        _varint(0),  # number of version tree nodes
+    )
+    body = b"".join((*config, table, *versions))
+    head = _encode_head(_MANIFEST_MAGIC, _HEAD_BYTES + len(body) + _CRC_BYTES)
+    return head + body + struct.pack("<I", crc32c(head + body, 0))
+
+
+def _encode_head(magic: int, size: int) -> bytes:
+    """Magic, length of the whole, format version 0, compression 0."""
+    return struct.pack(">I", magic) + struct.pack("<Q", size) + b"\0\0"
+
+
+def _encode_file_table(data_file: str) -> bytes:
+    """A table of one file; no part of its path is handed down to nodes below."""
+    path = data_file.encode("ascii")
+    return _varint(1) + _varint(len(path)) + _varint(0) + path
+
+
+def _varint(value: int) -> bytes:
+    """Unsigned LEB128."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _varints(values: Iterator[int] | Sequence[int]) -> bytes:
+    return b"".join(map(_varint, values))

@@ -1,0 +1,342 @@
+"""Turns a slot into the files of a checkpoint directory that stock Orbax and stock Keras read.
+
+Pure: it decides names and contents, writes nothing (`write_tensorstore` apart) and makes nothing durable. Arrays are
+zarr3 in one OCDBT database per item, uncompressed, each chunk followed by its CRC-32C, which the stock reader checks.
+The slot already holds the chunks in this form, so it becomes the head of the data file without a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from offstep._native import crc32c
+from offstep.errors import UnsupportedLeaf
+from offstep.formats.ocdbt import Entry, PreparedDatabase, SlotRange, prepare_database
+from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
+
+DTYPES = frozenset(
+    (
+        *("bool", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e3m4", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+)
+"""What stock Orbax restores from zarr3; all narrower than a byte lie in one byte per element."""
+
+Parts = tuple[bytes | memoryview, ...]
+"""Contents of a file, in parts to be written one after another."""
+
+_STATE, _CONFIG, _ASSETS = "pytree", "model_config", "assets"
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+_SEQUENCE_KEY, _DICT_KEY = 1, 2
+_JAX_ARRAY = "jax.Array"
+_TENSORSTORE_CONFIG = {
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 100_000_000,
+    "manifest_kind": "single",
+}
+_TARGET_DATA_FILE_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class ModelDocuments:
+    """What Keras needs beside the arrays to rebuild a model.
+
+    Attributes:
+        config: The model's JSON.
+        assets: Contents of the layers' asset files by relative path, e.g. `"layers/lookup/vocab.txt"`.
+    """
+
+    config: str
+    assets: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class _ArrayItem:
+    """One item that holds arrays: a directory with an OCDBT database of its own."""
+
+    name: str
+    image_bytes: int
+    entries: tuple[Entry, ...]
+    database: PreparedDatabase
+
+
+@dataclass(frozen=True)
+class PreparedDirectory:
+    """What is the same in every checkpoint of one plan, made by `prepare`."""
+
+    items: tuple[str, ...]
+    constant_files: Mapping[str, bytes]
+    state: _ArrayItem
+    assets: _ArrayItem | None
+    assets_image: bytes
+
+
+def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
+    """Makes everything that does not change from save to save.
+
+    Without `documents` the checkpoint holds the arrays only: `load_weights` and Orbax read it, `load_model` does not.
+
+    Raises:
+        UnsupportedLeaf: a leaf that stock Orbax could not restore, or two leaves that it would store under one name.
+    """
+    files = _state_documents(plan)
+    items = [_STATE]
+    assets, image = None, b""
+    if documents is not None:
+        items.append(_CONFIG)
+        files |= _config_documents(documents.config)
+    if documents is not None and documents.assets:
+        items.append(_ASSETS)
+        assets_plan, image = _pack_assets(documents.assets)
+        files[f"{_ASSETS}/_METADATA"] = _encode_tree(assets_plan)
+        assets = _prepare_item(_ASSETS, assets_plan)
+    return PreparedDirectory(tuple(sorted(items)), files, _prepare_item(_STATE, plan), assets, image)
+
+
+def data_files(
+    prepared: PreparedDirectory, slot: memoryview, *, step: int, target: str, now_ns: int
+) -> dict[str, Parts]:
+    """Returns all files of the checkpoint by relative path; `slot` itself is the first part of the data file.
+
+    Args:
+        prepared: Made for the plan that describes the slot.
+        slot: One whole slot; it must keep its contents until the files are written.
+        step: Training step.
+        target: Final absolute path of the checkpoint, which Orbax repeats in its success markers.
+        now_ns: Time of the save since the epoch.
+    """
+    if slot.nbytes != prepared.state.image_bytes:
+        raise ValueError(f"the slot has {slot.nbytes} bytes, its plan says {prepared.state.image_bytes}")
+    files = document_files(prepared, step=step, target=target, now_ns=now_ns)
+    return files | _database_files(prepared.state, slot, now_ns)
+
+
+def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_ns: int) -> dict[str, Parts]:
+    """Returns what `data_files` does, except the database with the arrays of the state."""
+    files: dict[str, Parts] = {path: (content,) for path, content in prepared.constant_files.items()}
+    if prepared.assets is not None:
+        files |= _database_files(prepared.assets, memoryview(prepared.assets_image), now_ns)
+    for item in prepared.items:
+        files[f"{item}/commit_success.txt"] = (_success_text(f"{target}/{item}"),)
+    files["_CHECKPOINT_METADATA"] = (_encode_step_metadata(prepared.items, now_ns),)
+    files["commit_success.txt"] = (_success_text(target),)
+    return files
+
+
+def write_tensorstore(prepared: PreparedDirectory, slot: memoryview, directory: Path) -> None:
+    """Writes the database with the arrays into `directory/pytree` through TensorStore, in one transaction.
+
+    For stores where the slot cannot be written as a file. Blocks until written, which is not yet durable: the caller
+    fsyncs. TensorStore holds a second copy of the state until then.
+    """
+    import tensorstore as ts  # the image path does without it, and starts faster
+
+    spec = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{directory / _STATE}/"},
+        "config": _TENSORSTORE_CONFIG,
+        "assume_config": True,
+        "target_data_file_size": _TARGET_DATA_FILE_BYTES,
+    }
+    # A context of its own: a shared cache pool would keep the arrays in memory.
+    context = ts.Context({"file_io_sync": False})
+    store = ts.KvStore.open(spec, context=context).result()
+    with ts.Transaction() as transaction:
+        writer = store.with_transaction(transaction)
+        for key, value in prepared.state.entries:
+            writer[key] = _value_bytes(value, slot)
+
+
+def _value_bytes(value: bytes | SlotRange, slot: memoryview) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return bytes(slot[value.offset : value.offset + value.size])
+
+
+def _database_files(item: _ArrayItem, image: memoryview, now_ns: int) -> dict[str, Parts]:
+    data_file = f"d/{os.urandom(16).hex()}"
+    nodes, manifest = item.database.encode(
+        data_file=data_file, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
+    )
+    return {f"{item.name}/{data_file}": (image, *nodes), f"{item.name}/manifest.ocdbt": (manifest,)}
+
+
+def _prepare_item(name: str, plan: Plan) -> _ArrayItem:
+    _check_names([layout.leaf for layout in plan.leaves])
+    entries = sorted((entry for layout in plan.leaves for entry in _leaf_entries(layout)), key=lambda entry: entry[0])
+    database = prepare_database(entries, node_offset=plan.slot_bytes)
+    return _ArrayItem(name, plan.slot_bytes, tuple(entries), database)
+
+
+def _check_names(leaves: Sequence[Leaf]) -> None:
+    paths: dict[str, tuple[PathKey, ...]] = {}
+    for leaf in leaves:
+        if leaf.name in paths:
+            raise UnsupportedLeaf(
+                f"{leaf.path} and {paths[leaf.name]}: Orbax would store both as {leaf.name!r}; rename one of them"
+            )
+        paths[leaf.name] = leaf.path
+
+
+def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
+    _check_leaf(layout.leaf)
+    name = layout.leaf.name
+    yield f"{name}/zarr.json".encode(), _encode_zarr(layout)
+    positions = product(*map(range, layout.grid))
+    for position, (offset, size) in zip(positions, layout.chunk_ranges(), strict=True):
+        key = "/".join([name, "c", *map(str, position)])
+        yield key.encode(), SlotRange(offset, size)
+
+
+def _check_leaf(leaf: Leaf) -> None:
+    if leaf.dtype not in DTYPES:
+        raise UnsupportedLeaf(f"{leaf.name}: stock Orbax cannot restore {leaf.dtype}; cast the leaf to a wider dtype")
+    if 0 in leaf.shape:
+        raise UnsupportedLeaf(f"{leaf.name}: stock Orbax refuses arrays without elements, and this has {leaf.shape}")
+
+
+def _encode_zarr(layout: LeafLayout) -> bytes:
+    """The array's `zarr.json`, in the form of Orbax but for the codecs."""
+    dtype = layout.leaf.dtype
+    to_bytes: dict[str, Any] = {"name": "bytes"}  # JSON
+    if not _is_single_byte(dtype):
+        to_bytes["configuration"] = {"endian": "little"}
+    return _encode_json(
+        {
+            "chunk_grid": {"configuration": {"chunk_shape": layout.chunk_shape}, "name": "regular"},
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [to_bytes, {"name": "crc32c"}],
+            "data_type": dtype,
+            "fill_value": _fill_value(dtype),
+            "node_type": "array",
+            "shape": layout.leaf.shape,
+            "zarr_format": 3,
+        }
+    )
+
+
+def _is_single_byte(dtype: str) -> bool:
+    bits = re.search(r"\d+", dtype)
+    return bits is None or int(bits[0]) <= 8
+
+
+def _fill_value(dtype: str) -> bool | int | float | list[float]:
+    if dtype == "bool":
+        return False
+    if dtype.startswith("complex"):
+        return [0.0, 0.0]
+    return 0.0 if "float" in dtype else 0
+
+
+def _state_documents(plan: Plan) -> dict[str, bytes]:
+    return {
+        f"{_STATE}/_METADATA": _encode_tree(plan),
+        f"{_STATE}/_sharding": _encode_shardings(plan),
+        f"{_STATE}/array_metadatas/process_0": _encode_array_metadatas(plan),
+    }
+
+
+def _config_documents(config: str) -> dict[str, bytes]:
+    entry = _tree_entry(("config",), {"value_type": "string", "skip_deserialize": False})
+    return {
+        f"{_CONFIG}/_METADATA": _encode_tree_entries([entry]),
+        f"{_CONFIG}/_strings.json": _encode_json({"config": config}),
+    }
+
+
+def _encode_tree(plan: Plan) -> bytes:
+    leaves = [_tree_entry(layout.leaf.path, _leaf_metadata(layout.leaf)) for layout in plan.leaves]
+    empty = [_tree_entry(path, {"value_type": kind, "skip_deserialize": True}) for path, kind in plan.empty_nodes]
+    return _encode_tree_entries(leaves + empty)
+
+
+def _encode_tree_entries(entries: Sequence[tuple[str, dict[str, Any]]]) -> bytes:  # JSON
+    return _encode_json(
+        {
+            "tree_metadata": dict(entries),
+            "use_ocdbt": True,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+    )
+
+
+def _tree_entry(path: tuple[PathKey, ...], value: dict[str, Any]) -> tuple[str, dict[str, Any]]:  # JSON
+    keys = [{"key": str(key), "key_type": _SEQUENCE_KEY if isinstance(key, int) else _DICT_KEY} for key in path]
+    return str(tuple(map(str, path))), {"key_metadata": keys, "value_metadata": value}
+
+
+def _leaf_metadata(leaf: Leaf) -> dict[str, Any]:  # JSON
+    metadata: dict[str, Any] = {"value_type": leaf.value_type, "skip_deserialize": False}
+    if leaf.value_type == _JAX_ARRAY:
+        metadata["write_shape"] = _write_shape(leaf)
+    return metadata
+
+
+def _write_shape(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.shard_shape or leaf.shape
+
+
+def _encode_shardings(plan: Plan) -> bytes:
+    leaves = [layout.leaf for layout in plan.leaves]
+    return _encode_json(
+        {urlsafe_b64encode(leaf.name.encode()).decode(): leaf.sharding for leaf in leaves if leaf.sharding is not None}
+    )
+
+
+def _encode_array_metadatas(plan: Plan) -> bytes:
+    layouts = [layout for layout in plan.leaves if layout.leaf.value_type == _JAX_ARRAY]
+    return _encode_json({"array_metadatas": [{"array_metadata": _array_metadata(layout)} for layout in layouts]})
+
+
+def _array_metadata(layout: LeafLayout) -> dict[str, Any]:  # JSON
+    leaf = layout.leaf
+    return {
+        "param_name": leaf.name,
+        "write_shape": _write_shape(leaf),
+        "chunk_shape": layout.chunk_shape,
+        "ext_metadata": None if leaf.prng_impl is None else {"random_key_impl": leaf.prng_impl},
+    }
+
+
+def _encode_step_metadata(items: Sequence[str], now_ns: int) -> bytes:
+    return _encode_json(
+        {
+            "item_handlers": dict.fromkeys(items, _HANDLER),
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": now_ns,
+            "commit_timestamp_nsecs": now_ns,
+            "custom_metadata": {},
+        }
+    )
+
+
+def _success_text(path: str) -> bytes:
+    return f"Checkpoint commit was successful to {path}".encode()
+
+
+def _pack_assets(assets: Mapping[str, bytes]) -> tuple[Plan, bytes]:
+    """Lays the files out as a state of uint8 arrays would be: a plan and its slot."""
+    layouts = []
+    image = bytearray()
+    for path, content in sorted(assets.items()):
+        leaf = Leaf(tuple(path.split("/")), (len(content),), "uint8", "np.ndarray")
+        layouts.append(LeafLayout(leaf, leaf.shape, (1,), len(image), len(content), len(content) + CRC_BYTES))
+        image += content + struct.pack("<I", crc32c(content, 0))
+    return Plan(tuple(layouts), len(image)), bytes(image)
+
+
+def _encode_json(value: dict[str, Any]) -> bytes:  # JSON
+    return json.dumps(value).encode()
