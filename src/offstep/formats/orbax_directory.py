@@ -25,9 +25,10 @@ from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
 DTYPES = frozenset(
     (
-        *("bool", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+        *("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128", "float4_e2m1fn"),
         *("float8_e3m4", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+        "float8_e8m0fnu",
     )
 )
 """What stock Orbax restores from zarr3; all narrower than a byte lie in one byte per element."""
@@ -38,6 +39,9 @@ Parts = tuple[bytes | memoryview, ...]
 _STATE, _CONFIG, _ASSETS = "pytree", "model_config", "assets"
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 _SEQUENCE_KEY, _DICT_KEY = 1, 2
+# Keras 3.15 does not recognise Orbax's own step directories; it looks for a file of this name. With it,
+# `model.load_weights(root/step)` works, which is the only way to an older step.
+_KERAS_MARKER = "checkpoint_metadata"
 _JAX_ARRAY = "jax.Array"
 _TENSORSTORE_CONFIG = {
     "max_inline_value_bytes": 1024,
@@ -130,6 +134,7 @@ def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_n
         files[f"{item}/commit_success.txt"] = (_success_text(f"{target}/{item}"),)
     files["_CHECKPOINT_METADATA"] = (_encode_step_metadata(prepared.items, now_ns),)
     files["commit_success.txt"] = (_success_text(target),)
+    files[_KERAS_MARKER] = ()
     return files
 
 
@@ -189,20 +194,20 @@ def _check_names(leaves: Sequence[Leaf]) -> None:
 
 
 def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
-    _check_leaf(layout.leaf)
+    _check_dtype(layout.leaf)
     name = layout.leaf.name
     yield f"{name}/zarr.json".encode(), _encode_zarr(layout)
+    if 0 in layout.leaf.shape:
+        return
     positions = product(*map(range, layout.grid))
     for position, (offset, size) in zip(positions, layout.chunk_ranges(), strict=True):
         key = "/".join([name, "c", *map(str, position)])
         yield key.encode(), SlotRange(offset, size)
 
 
-def _check_leaf(leaf: Leaf) -> None:
+def _check_dtype(leaf: Leaf) -> None:
     if leaf.dtype not in DTYPES:
         raise UnsupportedLeaf(f"{leaf.name}: stock Orbax cannot restore {leaf.dtype}; cast the leaf to a wider dtype")
-    if 0 in leaf.shape:
-        raise UnsupportedLeaf(f"{leaf.name}: stock Orbax refuses arrays without elements, and this has {leaf.shape}")
 
 
 def _encode_zarr(layout: LeafLayout) -> bytes:
@@ -213,7 +218,7 @@ def _encode_zarr(layout: LeafLayout) -> bytes:
         to_bytes["configuration"] = {"endian": "little"}
     return _encode_json(
         {
-            "chunk_grid": {"configuration": {"chunk_shape": layout.chunk_shape}, "name": "regular"},
+            "chunk_grid": {"configuration": {"chunk_shape": _chunk_shape(layout)}, "name": "regular"},
             "chunk_key_encoding": {"name": "default"},
             "codecs": [to_bytes, {"name": "crc32c"}],
             "data_type": dtype,
@@ -223,6 +228,11 @@ def _encode_zarr(layout: LeafLayout) -> bytes:
             "zarr_format": 3,
         }
     )
+
+
+def _chunk_shape(layout: LeafLayout) -> tuple[int, ...]:
+    """zarr3 has no chunks of size 0, not even in an array without elements."""
+    return tuple(max(1, size) for size in layout.chunk_shape)
 
 
 def _is_single_byte(dtype: str) -> bool:
@@ -305,7 +315,7 @@ def _array_metadata(layout: LeafLayout) -> dict[str, Any]:  # JSON
     return {
         "param_name": leaf.name,
         "write_shape": _write_shape(leaf),
-        "chunk_shape": layout.chunk_shape,
+        "chunk_shape": _chunk_shape(layout),
         "ext_metadata": None if leaf.prng_impl is None else {"random_key_impl": leaf.prng_impl},
     }
 
