@@ -129,7 +129,8 @@ class Job:
         step: Training step; names the checkpoint inside its root.
         format: Key into `formats.FORMATS`.
         target: Final absolute path.
-        root: Directory that holds the steps of an Orbax root (`target`'s parent).
+        base: Existing directory below which everything happens; that it vanished is an error.
+        root: Directory that holds the steps of an Orbax root (`target`'s parent), made if missing.
         slot: Number of the slot with the snapshot.
         plan: Number of the plan that describes the slot.
         keep: How many of the newest steps of `root` stay; `None` keeps all.
@@ -141,6 +142,7 @@ class Job:
     step: int
     format: str
     target: str
+    base: str
     root: str
     slot: int
     plan: int

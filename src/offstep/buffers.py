@@ -1,0 +1,299 @@
+"""Lays the leaves of a state out in one slot, and keeps slots of shared, pre-touched memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from offstep import _native
+from offstep.errors import BudgetExceeded, UnsupportedLeaf
+from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
+
+CHUNK_TARGET_BYTES = 16 << 20
+"""Large leaves are cut into chunks of about this size, so that a resharded restore reads only what it needs."""
+
+_CHUNK_ALIGNMENT = 64
+_SLOT_ALIGNMENT = 4096
+_FEW_ROWS = 64
+_BUDGET_FRACTION = 0.8
+
+COPY_ENTRY = np.dtype(
+    [
+        ("source_offset", "<u8"),
+        ("slot_offset", "<u8"),
+        ("size", "<u8"),
+        ("pad", "<u8"),
+        ("source", "<u4"),
+        ("flags", "<u4"),
+    ]
+)
+"""One entry of the table that `_native.gather` reads."""
+
+_WITH_CRC = 1
+CAN_SHARE = hasattr(os, "memfd_create")
+"""Whether slots can be memory that another process maps."""
+
+_slot_numbers = itertools.count(1)
+
+
+def item_bytes(dtype: str) -> int:
+    """Returns the size in bytes of one element; `dtype` is a NumPy or ml_dtypes name."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+def make_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
+    """Places the leaves one after another in a slot, each cut into contiguous chunks.
+
+    Raises:
+        UnsupportedLeaf: two leaves share one name, or a leaf has no elements (stock Orbax cannot read those).
+    """
+    layouts = []
+    offset = 0
+    names: set[str] = set()
+    for leaf in leaves:
+        _check_leaf(leaf, names)
+        layout = _lay_out(leaf, offset)
+        layouts.append(layout)
+        offset += layout.stride_bytes * layout.chunk_count
+    slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
+    return Plan(tuple(layouts), slot_bytes, tuple(empty_nodes))
+
+
+def _check_leaf(leaf: Leaf, names: set[str]) -> None:
+    if leaf.name in names:
+        raise UnsupportedLeaf(f"{leaf.name}: two leaves of the state have this name; give their layers unique names.")
+    names.add(leaf.name)
+    if 0 in leaf.shape:
+        shape = list(leaf.shape)
+        raise UnsupportedLeaf(f"{leaf.name}: shape {shape} has no elements; Orbax cannot restore such leaves.")
+
+
+def _lay_out(leaf: Leaf, offset: int) -> LeafLayout:
+    size = item_bytes(leaf.dtype)
+    chunk_shape = choose_chunk_shape(leaf.shape, leaf.shard_shape or leaf.shape, size)
+    chunk_bytes = math.prod(chunk_shape) * size
+    return LeafLayout(
+        leaf=leaf,
+        chunk_shape=chunk_shape,
+        grid=tuple(-(-whole // part) for whole, part in zip(leaf.shape, chunk_shape, strict=True)),
+        offset=offset,
+        chunk_bytes=chunk_bytes,
+        stride_bytes=_round_up(chunk_bytes + CRC_BYTES, _CHUNK_ALIGNMENT),
+    )
+
+
+def choose_chunk_shape(shape: tuple[int, ...], shard_shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns a chunk shape whose chunks are contiguous in their shard and near `CHUNK_TARGET_BYTES`.
+
+    A chunk never crosses a shard. Only leaves that are not sharded may have a padded last chunk.
+    """
+    chunk = list(shard_shape)
+    for axis, rows in enumerate(shard_shape):
+        row_bytes = math.prod(shard_shape[axis + 1 :]) * itemsize
+        if rows * row_bytes <= CHUNK_TARGET_BYTES:
+            break
+        fitting_rows = CHUNK_TARGET_BYTES // row_bytes
+        if fitting_rows > 1:
+            may_pad = rows == shape[axis]
+            chunk[axis] = _rows_per_chunk(rows, fitting_rows, may_pad=may_pad)
+            break
+        chunk[axis] = 1
+    return tuple(chunk)
+
+
+def _rows_per_chunk(rows: int, fitting_rows: int, *, may_pad: bool) -> int:
+    """Picks how many of `rows` go into one chunk, with as little padding as possible."""
+    chunks = -(-rows // fitting_rows)
+    if may_pad and rows >= _FEW_ROWS * chunks:
+        return -(-rows // chunks)  # pads fewer rows than there are chunks
+    if may_pad:
+        candidates = range(fitting_rows, fitting_rows // 2, -1)
+        return min(candidates, key=lambda count: -rows % count)
+    return next(count for count in range(fitting_rows, 0, -1) if rows % count == 0)
+
+
+def copy_table(plan: Plan) -> np.ndarray:
+    """Returns the `COPY_ENTRY` rows that fill a slot, one per chunk.
+
+    Sources are numbered leaf by leaf, and within a leaf shard by shard in C order over the shard grid.
+    """
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    source = 0
+    for layout in plan.leaves:
+        rows.extend(_leaf_entries(layout, source))
+        source += shard_count(layout.leaf)
+    return np.array(rows, dtype=COPY_ENTRY)
+
+
+def shard_count(leaf: Leaf) -> int:
+    """Returns how many distinct shards the leaf is made of."""
+    return math.prod(shard_grid(leaf))
+
+
+def shard_grid(leaf: Leaf) -> tuple[int, ...]:
+    """Returns the number of shards along each axis."""
+    return tuple(whole // part for whole, part in zip(leaf.shape, leaf.shard_shape or leaf.shape, strict=True))
+
+
+def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+    leaf = layout.leaf
+    if layout.chunk_count == 1:
+        yield 0, layout.offset, layout.chunk_bytes, 0, first_source, _WITH_CRC
+        return
+    itemsize = item_bytes(leaf.dtype)
+    shard_shape = leaf.shard_shape or leaf.shape
+    shards = shard_grid(leaf)
+    strides = [math.prod(shard_shape[axis + 1 :]) for axis in range(len(shard_shape))]
+    shard_strides = [math.prod(shards[axis + 1 :]) for axis in range(len(shards))]
+    for number, index in enumerate(np.ndindex(*layout.grid)):
+        start = [i * part for i, part in zip(index, layout.chunk_shape, strict=True)]
+        local = [at % part for at, part in zip(start, shard_shape, strict=True)]
+        shard = sum(at // part * stride for at, part, stride in zip(start, shard_shape, shard_strides, strict=True))
+        extent = [min(part, whole - at) for part, whole, at in zip(layout.chunk_shape, leaf.shape, start, strict=True)]
+        size = math.prod(extent) * itemsize
+        yield (
+            sum(at * stride for at, stride in zip(local, strides, strict=True)) * itemsize,
+            layout.offset + number * layout.stride_bytes,
+            size,
+            layout.chunk_bytes - size,
+            first_source + shard,
+            _WITH_CRC,
+        )
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# --------------------------------------------------------------------------------------------------- the slots
+
+
+class Slot:
+    """One reusable host buffer that holds one whole snapshot.
+
+    Attributes:
+        number: Unique within the process.
+        fd: The memfd behind the buffer, to be handed to the writer process; -1 for anonymous memory.
+        buffer: The memory, writable.
+    """
+
+    def __init__(self, size_bytes: int, *, shared: bool) -> None:
+        self.number = next(_slot_numbers)
+        self.size_bytes = size_bytes
+        self.fd = -1
+        if shared:
+            self.fd = os.memfd_create(f"offstep-slot-{self.number}", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, size_bytes)
+        self.buffer = mmap.mmap(self.fd, size_bytes)
+
+    def prefault(self, threads: int) -> None:
+        """Touches every page, so that the first snapshot copies into warm memory. Any thread; slow."""
+        _native.prefault(self.buffer, threads)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.buffer.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SlotPool:
+    """The slots of one plan, within a budget of host memory.
+
+    Args:
+        slot_bytes: Size of one slot.
+        count: Slots wanted; fewer are made when the budget does not hold as many.
+        budget_bytes: Most memory to use; `None` takes 80 % of what the system has available now.
+        shared: Whether the slots are memfds (a writer process) or anonymous memory (a writer thread).
+
+    Raises:
+        BudgetExceeded: not even one slot fits.
+    """
+
+    def __init__(
+        self, slot_bytes: int, count: int, *, budget_bytes: int | None = None, shared: bool = CAN_SHARE
+    ) -> None:
+        self.count = affordable_slots(slot_bytes, count, budget_bytes)
+        self._slots = [Slot(slot_bytes, shared=shared) for _ in range(self.count)]
+        self._free = list(self._slots)  # guarded by self._lock
+        self._lock = threading.Lock()
+        self._closed = False  # guarded by self._lock
+        # Not a daemon: the interpreter must not unmap what this thread still touches.
+        self._toucher = threading.Thread(target=self._prefault, name="offstep-prefault")
+        self._toucher.start()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots, free or not."""
+        return tuple(self._slots)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether a slot is free at this moment."""
+        return bool(self._free)
+
+    def try_acquire(self) -> Slot | None:
+        """Returns a free slot, the most recently used one first (its pages are warm), or `None`."""
+        with self._lock:
+            return self._free.pop() if self._free else None
+
+    def release(self, slot: Slot) -> None:
+        """Gives a slot back; any thread. After `close` it is freed for good."""
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._free.append(slot)
+        if closed:
+            slot.close()
+
+    def close(self) -> None:
+        """Frees all free slots now, and the others as they are released."""
+        with self._lock:
+            self._closed = True
+            free, self._free = self._free, []
+        self._toucher.join()
+        for slot in free:
+            slot.close()
+
+    def _prefault(self) -> None:
+        for slot in reversed(self._slots):
+            if self._closed:
+                return
+            slot.prefault(threads=1)
+
+
+def affordable_slots(slot_bytes: int, count: int, budget_bytes: int | None) -> int:
+    """Returns how many slots of at most `count` the budget holds.
+
+    Raises:
+        BudgetExceeded: not even one.
+    """
+    budget = _available_bytes() * _BUDGET_FRACTION if budget_bytes is None else budget_bytes
+    affordable = min(count, int(budget // slot_bytes))
+    if affordable < 1:
+        raise BudgetExceeded(
+            f"One snapshot of the state takes {slot_bytes / 1e6:,.1f} MB of host memory, the budget is "
+            f"{budget / 1e6:,.1f} MB. Raise `memory_budget` or free host memory."
+        )
+    return affordable
+
+
+def _available_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024

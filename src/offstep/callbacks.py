@@ -1,0 +1,388 @@
+"""The Keras callback: Keras events in, engine calls out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from offstep import commit, keras_state, policy
+from offstep.checkpointer import check_max_to_keep
+from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
+from offstep.errors import SaveTimeout
+from offstep.records import SaveStats
+from offstep.snapshot import Mode, describe_leaf
+
+Logs = Mapping[str, Any]  # floats, or whatever another callback put there
+
+
+class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
+    """Saves a Keras model while it trains, without making the training step wait for the disk.
+
+    The arguments up to `initial_value_threshold`, the messages and the decisions are those of
+    `keras.callbacks.ModelCheckpoint`. What is saved is the whole state (weights, optimizer, metrics, seed generators)
+    in a directory that `keras.saving.load_model`, `model.load_weights` and Orbax read.
+
+    Args:
+        filepath: Template of the path, e.g. `"ckpts/{step}"`. Fields: `{epoch}` and `{batch}` (from 1), `{step}`
+            (`optimizer.iterations`) and the keys of `logs`. With the last part `{step}` the directory above holds all
+            steps; any other path holds one step, which the next save to it replaces. Load either with
+            `keras.saving.load_model(directory that holds the steps)`.
+        monitor: Name of the metric that decides what is best.
+        verbose: 0 is silent, 1 prints Keras's lines.
+        save_best_only: Save only what is better than everything before.
+        save_weights_only: Leave out optimizer, metrics and model configuration.
+        mode: `"auto"`, `"min"` or `"max"`.
+        save_freq: `"epoch"`, or a number of batches.
+        initial_value_threshold: What the first best has to beat.
+        max_to_keep: How many of the newest steps of a directory stay; `None` keeps all.
+        slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
+        on_busy: When all slots are on their way: `"wait"` for one, or `"skip"` the save (and count it).
+        on_error: Whether a save that failed in the background is raised by the next hook, or only warned of.
+        memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
+        copy_threads: Threads that copy a snapshot on the CPU backend.
+        snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
+        in_process: Write in a thread rather than in a process of its own.
+
+    Raises:
+        ValueError: an argument is out of range; the message ends in what was received.
+
+    Example:
+        >>> callback = ModelCheckpoint("ckpts/{step}", save_freq=100, max_to_keep=3)
+    """
+
+    # Decisions and snapshots happen in hooks that Keras always calls on the training thread. Where its dispatch calls
+    # `on_train_batch_end` from a pool, that hook only takes notes, so this callback need not switch the pool off.
+    async_safe = True
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_best_only: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        initial_value_threshold: float | None = None,
+        *,
+        max_to_keep: int | None = None,
+        slots: int = 2,
+        on_busy: OnBusy = "wait",
+        on_error: OnError = "raise",
+        memory_budget: int | None = None,
+        copy_threads: int = 2,
+        snapshot_mode: Mode | None = None,
+        in_process: bool = False,
+    ) -> None:
+        filepath = os.fspath(filepath)
+        _check_format(filepath)
+        # Keras's checks know its own files only: they see a name of the kind that the other arguments ask for.
+        stand_in = "model.weights.h5" if save_weights_only else "model.keras"
+        super().__init__(
+            stand_in, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold
+        )
+        self.filepath = filepath
+        if save_freq != "epoch" and int(save_freq) < 1:
+            raise ValueError(f"save_freq must be 'epoch' or at least 1 batch. Received: save_freq={save_freq!r}")
+        check_max_to_keep(max_to_keep)
+        options = Options(slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process)
+        self._template = policy.Template(filepath)
+        root, kind = policy.split_target(self._template)
+        self._root_template, self._holds_one_step = root, kind == "single"
+        self._max_to_keep = max_to_keep
+        self._engine = Engine(options, on_durable=self._say_durable)
+        self._base = Path()
+        self._current_epoch = 0
+        self._state: keras_state.KerasState | None = None
+        self._signature: object = None
+        self._steps = _StepCounter()
+        self._dispatch = _Dispatch()
+        self._told: set[str] = set()
+
+    # ------------------------------------------------------------------------------------------------- outcomes
+
+    @property
+    def stats(self) -> list[SaveStats]:
+        """What each save cost, oldest first."""
+        return self._engine.stats
+
+    @property
+    def counts(self) -> Counts:
+        """How many saves were requested, became durable, failed, were skipped."""
+        return self._engine.counts
+
+    def wait_until_finished(self, timeout: float | None = None) -> None:
+        """Waits until everything saved so far is durable.
+
+        Raises:
+            SaveFailed: a save failed.
+            SaveTimeout: `timeout` seconds ran out; the saves go on.
+        """
+        if not self._engine.wait_all(timeout):
+            raise SaveTimeout(f"not all saves are durable after {timeout} s")
+        self._engine.raise_failures()
+
+    # ---------------------------------------------------------------------------------------------------- hooks
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        """Checks the target, lays out the slots and starts the writer."""
+        self._dispatch.begin_training()
+        self._base = _constant_parent(self._root_template)
+        commit.probe_directory(self._base)
+        self._open()
+        self._steps.set(self._read_iterations())
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        """Notes the epoch."""
+        super().on_epoch_begin(epoch, logs)
+        self._dispatch.begin_epoch()
+        self._steps.begin_epoch(self._read_iterations())
+
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Does what was due after the batch before, while its state still exists."""
+        self._catch_up()
+        self._dispatch.begin_batch(batch + self._steps_per_execution - 1)
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Saves if due; on a thread of Keras's pool it only notes the logs."""
+        if self._dispatch.is_training_thread():
+            self._dispatch.end_batch()
+            self._after_batch(batch, logs)
+        else:
+            self._dispatch.note(batch, dict(logs or {}))
+
+    def on_test_begin(self, logs: Logs | None = None) -> None:
+        """Saves what is due after the last batch of an epoch, before validation resets the metrics."""
+        if self._dispatch.is_certain(self.params):
+            self._catch_up()
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Saves if due."""
+        if self._dispatch.is_noted():
+            self._catch_up()
+        self._dispatch.end_batch()
+        super().on_epoch_end(epoch, logs)
+        self._engine.poll()
+
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        """Waits until everything is durable, and frees the slots."""
+        self._engine.close()
+        self._engine.raise_failures()
+
+    def _catch_up(self) -> None:
+        batch = self._dispatch.end_batch()
+        if batch is not None:
+            self._after_batch(batch, None)
+
+    def _after_batch(self, batch: int, logs: Logs | None) -> None:
+        self._engine.poll()
+        self._steps.count(batch)
+        if not self._should_save_on_batch(batch):
+            return
+        if logs is None and self._needs_logs:
+            logs = self._dispatch.wait_for_logs(batch)
+        self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+
+    # ------------------------------------------------------------------------------------------------- deciding
+
+    @property
+    def _needs_logs(self) -> bool:
+        return bool(self.save_best_only or self._template.fields - {"epoch", "batch", "step"})
+
+    @property
+    def _steps_per_execution(self) -> int:
+        return getattr(self._model, "steps_per_execution", None) or 1
+
+    def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
+        if self.monitor_op is None:
+            self._set_monitor_op()
+        mode: Literal["min", "max"] = "max" if self.monitor_op is keras.ops.greater else "min"
+        current = float(monitor_value)
+        if not np.isfinite(current):
+            self._tell_once(f"{self.monitor} is {current}: such a value is never the best.")
+        best = None if reference_value is None else float(reference_value)
+        return policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
+
+    def _get_file_path(self, epoch: int, batch: int | None, logs: Logs | None) -> str:
+        return self._template.format(self._fields(epoch, batch, logs))
+
+    def _fields(self, epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Any]:
+        fields: dict[str, Any] = {"epoch": epoch + 1, "step": self._steps.current}
+        if batch is not None:
+            fields["batch"] = batch + 1
+        return fields | dict(logs or {})
+
+    # --------------------------------------------------------------------------------------------------- saving
+
+    def _save_model(self, epoch: int, batch: int | None, logs: Logs | None) -> None:
+        started = time.monotonic()
+        self._engine.poll()
+        filepath = self._get_file_path(epoch, batch, logs)
+        if not self._should_save_model(epoch, batch, logs, filepath):
+            return
+        arrays = self._live_arrays()
+        manifest = {
+            "epoch": epoch + 1,
+            "batch": None if batch is None else batch + 1,
+            "metrics": _plain_numbers(logs or {}),
+        }
+        fields = self._fields(epoch, batch, logs)
+        assert self._state is not None
+        pending = self._engine.save(
+            arrays,
+            self._steps.current,
+            lambda step: self._target(fields | {"step": step}),
+            step_leaf=self._state.iteration_index,
+            step_divisor=self._steps.divisor,
+            manifest=manifest,
+            note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
+            started=started,
+        )
+        if pending is None:
+            self._tell_once("A save was skipped: all slots are on their way to the disk; `counts.skipped` has them.")
+
+    def _target(self, fields: Mapping[str, Any]) -> Target:
+        root = Path(self._root_template.format(fields)).absolute()
+        shown = self._template.format(fields)
+        return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
+
+    def _live_arrays(self) -> list[Any]:
+        arrays, signature = keras_state.live_state(self._model, weights_only=self.save_weights_only)
+        if signature != self._signature or not self._engine.matches(arrays):
+            self._open()
+        return arrays
+
+    def _open(self) -> None:
+        arrays, self._signature = keras_state.live_state(self._model, weights_only=self.save_weights_only)
+        state = keras_state.describe_state(self._model, weights_only=self.save_weights_only)
+        for note in state.notes:
+            self._tell_once(note)
+        leaves = [describe_leaf(path, array) for path, array in zip(state.paths, arrays, strict=True)]
+        documents = None
+        if state.config is not None:
+            documents = {"config": state.config, "assets": {name: data.hex() for name, data in state.assets.items()}}
+        self._engine.open(leaves, arrays, empty_nodes=state.empty_nodes, documents=documents)
+        self._state = state
+        self._steps.divisor = getattr(self._model.optimizer, "gradient_accumulation_steps", None) or 1
+
+    def _read_iterations(self) -> int:
+        """Returns the optimizer's counter of batches; between epochs that costs no wait worth mentioning."""
+        if self._state is None or self._state.iteration_index is None:
+            return self._steps.batches
+        arrays = keras_state.live_arrays(self._model, weights_only=self.save_weights_only)
+        return int(arrays[self._state.iteration_index])
+
+    # -------------------------------------------------------------------------------------------------- talking
+
+    def _say_durable(self, pending: PendingSave) -> None:
+        if self.verbose > 0:
+            keras_state.print_message(pending.note)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, UserWarning, stacklevel=3)
+
+
+class _StepCounter:
+    """Follows `optimizer.iterations` on the host, so that naming a checkpoint needs no device."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.divisor = 1
+        self._last_batch = -1
+
+    @property
+    def current(self) -> int:
+        return self.batches // self.divisor
+
+    def set(self, batches: int) -> None:
+        self.batches = batches
+
+    def begin_epoch(self, batches: int) -> None:
+        self.batches = batches
+        self._last_batch = -1
+
+    def count(self, batch: int) -> None:
+        self.batches += batch - self._last_batch
+        self._last_batch = batch
+
+
+class _Dispatch:
+    """Follows which batch has ended, whichever thread Keras tells it on."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._open_batch: int | None = None  # ended or about to end, and not yet attended to; training thread only
+        self._notes: dict[int, Logs] = {}  # guarded by self._noted
+        self._noted = threading.Condition()
+
+    def begin_training(self) -> None:
+        self._thread = threading.get_ident()
+        self._open_batch = None
+
+    def begin_epoch(self) -> None:
+        with self._noted:
+            self._notes.clear()
+
+    def is_training_thread(self) -> bool:
+        return self._thread is None or threading.get_ident() == self._thread
+
+    def begin_batch(self, last_batch: int) -> None:
+        self._open_batch = last_batch
+
+    def end_batch(self) -> int | None:
+        """Returns the batch that has to be attended to, and forgets it."""
+        batch, self._open_batch = self._open_batch, None
+        return batch
+
+    def is_noted(self) -> bool:
+        """Returns whether the open batch has really ended; Keras also begins one that then finds no data."""
+        with self._noted:
+            return self._open_batch in self._notes
+
+    def is_certain(self, params: Mapping[str, Any] | None) -> bool:
+        """Returns whether the open batch has ended, as far as is known while Keras's pool may still be telling."""
+        return self.is_noted() or (params or {}).get("steps") is not None
+
+    def note(self, batch: int, logs: Logs) -> None:
+        """Runs on a thread of Keras's pool."""
+        with self._noted:
+            self._notes = {batch: logs}
+            self._noted.notify_all()
+
+    def wait_for_logs(self, batch: int) -> Logs:
+        with self._noted:
+            self._noted.wait_for(lambda: batch in self._notes)
+            return self._notes[batch]
+
+
+def _check_format(filepath: str) -> None:
+    if policy.format_of(filepath) != "orbax_directory":
+        raise ValueError(
+            "This version saves directories that Keras and Orbax load, such as 'ckpts/{step}'; Keras files "
+            f"(.keras, .weights.h5, .h5) come with the next one. Received: filepath={filepath}"
+        )
+
+
+def _constant_parent(template: policy.Template) -> Path:
+    """Returns the part of a path before the first one with a field in it."""
+    parts: list[str] = []
+    for part in Path(template.text).absolute().parts:
+        if "{" in part:
+            return Path(*parts)
+        parts.append(part)
+    return Path(*parts)
+
+
+def _plain_numbers(logs: Logs) -> dict[str, float]:
+    """Returns the entries of the logs that are numbers, as JSON can hold them."""
+    return {name: float(value) for name, value in logs.items() if np.ndim(value) == 0 and np.isreal(value)}

@@ -1,0 +1,204 @@
+"""Saves any JAX pytree while training goes on: the engine's face for loops that do not use Keras."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from offstep import catalog, commit
+from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
+from offstep.errors import CheckpointNotFound, SaveTimeout, UnsupportedLeaf
+from offstep.records import PathKey, SaveStats
+from offstep.snapshot import Mode, describe_leaf
+
+Tree = Any  # any pytree of arrays and numbers
+
+
+class Checkpointer:
+    """Saves pytrees as the steps of one directory, without waiting for the disk.
+
+    Each step is a directory in Orbax's layout, durable once it is visible under its number. Use it from the thread
+    that runs the training steps.
+
+    Args:
+        directory: Where the steps go; made if missing.
+        max_to_keep: How many of the newest steps stay; `None` keeps all.
+        slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
+        on_busy: When all slots are on their way: `"wait"` for one, or `"skip"` the save (and count it).
+        on_error: Whether a save that failed in the background is raised by the next call, or only warned of.
+        memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
+        copy_threads: Threads that copy a snapshot on the CPU backend.
+        snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
+        in_process: Write in a thread rather than in a process of its own.
+
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: the directory cannot be made or written to.
+
+    Example:
+        >>> import jax.numpy as jnp, offstep, tempfile
+        >>> with offstep.Checkpointer(tempfile.mkdtemp()) as checkpointer:
+        ...     pending = checkpointer.save(7, {"w": jnp.ones((2, 3))})
+        ...     checkpointer.wait()
+        ...     checkpointer.latest_step()
+        7
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = None,
+        slots: int = 2,
+        on_busy: OnBusy = "wait",
+        on_error: OnError = "raise",
+        memory_budget: int | None = None,
+        copy_threads: int = 2,
+        snapshot_mode: Mode | None = None,
+        in_process: bool = False,
+    ) -> None:
+        check_max_to_keep(max_to_keep)
+        self._engine = Engine(Options(slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process))
+        self.directory = Path(directory).absolute()
+        self._max_to_keep = max_to_keep
+        self._treedef: Any = None  # jax.tree_util.PyTreeDef
+        commit.probe_directory(self.directory)
+
+    def save(self, step: int, tree: Tree, metrics: dict[str, float] | None = None) -> PendingSave | None:
+        """Takes a snapshot of `tree` and returns; the checkpoint becomes durable in the background.
+
+        The arrays may be donated or changed as soon as this returns. A step that exists already is replaced.
+
+        Args:
+            step: Training step, not negative.
+            tree: Arrays of numbers in dicts, lists, tuples or dataclasses.
+            metrics: Kept with the checkpoint in `offstep.json`.
+
+        Returns:
+            The pending save; `None` when it was skipped (`on_busy="skip"`).
+
+        Raises:
+            SaveFailed: an earlier save failed.
+            UnsupportedLeaf: a leaf is not an array of numbers.
+            BudgetExceeded: a snapshot does not fit into the memory budget.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative. Received: {step!r}")
+        self._engine.poll()
+        arrays, treedef = jax.tree_util.tree_flatten(tree)
+        if self._treedef is None or treedef != self._treedef or not self._engine.matches(arrays):
+            self._open(tree, arrays)
+            self._treedef = treedef
+        target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
+        return self._engine.save(arrays, step, lambda _: target, manifest={"metrics": metrics or {}})
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until everything saved so far is durable.
+
+        Raises:
+            SaveFailed: a save failed.
+            SaveTimeout: `timeout` seconds ran out; the saves go on.
+        """
+        if not self._engine.wait_all(timeout):
+            newest = self.latest_step()
+            raise SaveTimeout(f"not all saves are durable after {timeout} s; the newest durable step is {newest}")
+        self._engine.raise_failures()
+
+    def latest_step(self) -> int | None:
+        """Returns the newest durable step, or `None`."""
+        return catalog.latest_step(self.directory)
+
+    def all_steps(self) -> list[int]:
+        """Returns all durable steps, in ascending order."""
+        return catalog.list_steps(self.directory)
+
+    def restore(self, step: int | None = None, like: Tree | None = None) -> Tree:
+        """Reads a checkpoint back, through Orbax.
+
+        Args:
+            step: Which one; `None` takes the newest.
+            like: A tree of arrays, or of `jax.ShapeDtypeStruct`, with the structure, dtypes and shardings wanted.
+                Without it the tree comes back as nested dicts and lists with the shardings that were saved.
+
+        Raises:
+            CheckpointNotFound: there is no such step.
+        """
+        from orbax.checkpoint import v1 as ocp  # takes a second; only a restore needs it
+
+        steps = self.all_steps()
+        step = step if step is not None else (steps[-1] if steps else None)
+        if step not in steps:
+            raise CheckpointNotFound(f"{self.directory} holds no step {step}; it has {steps or 'none'}")
+        return ocp.load_pytree(self.directory / str(step), like)
+
+    @property
+    def stats(self) -> list[SaveStats]:
+        """What each save cost, oldest first."""
+        return self._engine.stats
+
+    @property
+    def counts(self) -> Counts:
+        """How many saves were requested, became durable, failed, were skipped."""
+        return self._engine.counts
+
+    def close(self) -> None:
+        """Waits for all saves and frees the slots.
+
+        Raises:
+            SaveFailed: a save failed.
+        """
+        self._engine.close()
+        self._engine.raise_failures()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, tree: Tree, arrays: Sequence[Any]) -> None:
+        paths = [_path_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
+        self._engine.open(leaves, arrays, empty_nodes=_empty_nodes(tree))
+
+
+def check_max_to_keep(max_to_keep: int | None) -> None:
+    """Raises a `ValueError` unless `max_to_keep` is `None` or at least 1."""
+    if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
+        raise ValueError(f"max_to_keep must be None or an integer of at least 1. Received: {max_to_keep!r}")
+
+
+def _path_keys(path: Sequence[Any]) -> tuple[PathKey, ...]:  # of jax.tree_util's key types
+    return tuple(_path_key(key) for key in path)
+
+
+def _path_key(key: Any) -> PathKey:
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return int(key.idx)
+    if isinstance(key, jax.tree_util.FlattenedIndexKey):
+        return int(key.key)
+    return str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key)
+
+
+def _empty_nodes(tree: Tree) -> list[tuple[tuple[PathKey, ...], str]]:
+    """Returns the empty containers of a tree with Orbax's names for them; Orbax wants an entry for each."""
+
+    def is_empty(node: Tree) -> bool:
+        return node is None or (isinstance(node, (dict, list, tuple)) and not node)
+
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
+    return [(_path_keys(path), _empty_kind(node, path)) for path, node in found if is_empty(node)]
+
+
+def _empty_kind(node: Tree, path: Sequence[Any]) -> str:
+    if not path:
+        raise UnsupportedLeaf(f"the tree is empty. Received: {node!r}")
+    if node is None:
+        return "None"
+    if isinstance(node, dict):
+        return "Dict"
+    return "List" if isinstance(node, list) else "Tuple"

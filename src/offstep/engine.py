@@ -1,0 +1,440 @@
+"""The engine: joins snapshot, slots and writer for one state at a time, and keeps count.
+
+The training thread calls it. It knows arrays and targets, not Keras.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from offstep import writer
+from offstep.buffers import Slot, SlotPool, make_plan
+from offstep.errors import SaveFailed, SaveTimeout, WriterDied
+from offstep.records import Job, Leaf, PathKey, SaveStats
+from offstep.snapshot import Array, Mode, Snapshotter
+
+OnBusy = Literal["wait", "skip"]
+OnError = Literal["raise", "warn"]
+
+_KEPT_STATS = 100_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one checkpoint goes.
+
+    Attributes:
+        base: Existing directory below which everything happens.
+        root: Directory of steps; the checkpoint is `root/<step>`.
+        shown: The path that the user is told.
+        keep: How many of the newest steps stay; `None` keeps all.
+        replace_all: Whether all other steps of the root go.
+    """
+
+    base: Path
+    root: Path
+    shown: str
+    keep: int | None = None
+    replace_all: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine works; see `Checkpointer` for the meaning of each."""
+
+    slots: int = 2
+    on_busy: OnBusy = "wait"
+    on_error: OnError = "raise"
+    memory_budget: int | None = None
+    copy_threads: int = 2
+    snapshot_mode: Mode | None = None
+    in_process: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks each option.
+
+        Raises:
+            ValueError: one is out of range; the message ends in what was received.
+        """
+        _check(isinstance(self.slots, int) and self.slots >= 1, "slots must be an integer of at least 1", self.slots)
+        _check(self.on_busy in ("wait", "skip"), "on_busy must be 'wait' or 'skip'", self.on_busy)
+        _check(self.on_error in ("raise", "warn"), "on_error must be 'raise' or 'warn'", self.on_error)
+        budget = self.memory_budget
+        _check(budget is None or budget > 0, "memory_budget must be a positive number of bytes", budget)
+        _check(self.copy_threads >= 1, "copy_threads must be at least 1", self.copy_threads)
+        modes = (None, "host", "device_copy")
+        _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
+
+
+def _check(is_good: bool, rule: str, received: object) -> None:
+    if not is_good:
+        raise ValueError(f"{rule}. Received: {received!r}")
+
+
+class PendingSave:
+    """One save on its way to the disk. Any thread may ask.
+
+    Attributes:
+        note: Whatever the caller of `Engine.save` wanted to remember.
+    """
+
+    def __init__(self, engine: Engine, stats: SaveStats, note: str) -> None:
+        self.note = note
+        self._engine = engine
+        self._stats = stats
+        self._submitted = threading.Event()
+        self._done = threading.Event()
+        self._error: SaveFailed | None = None
+
+    def __repr__(self) -> str:
+        state = "failed" if self._error else "durable" if self.done() else "pending"
+        return f"PendingSave(step={self.step}, path={self.path!r}, {state})"
+
+    @property
+    def step(self) -> int:
+        """Training step of the snapshot."""
+        return self._stats.step
+
+    @property
+    def path(self) -> str:
+        """Where it will be found."""
+        return self._stats.path
+
+    @property
+    def stats(self) -> SaveStats:
+        """What it has cost so far."""
+        return self._stats
+
+    def done(self) -> bool:
+        """Returns whether it is durable or has failed, as far as reports have been taken in."""
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until the checkpoint is durable.
+
+        Raises:
+            SaveFailed: it could not be made durable.
+            SaveTimeout: `timeout` seconds ran out; the save goes on.
+        """
+        if not self._engine.wait_for(self, timeout):
+            raise SaveTimeout(f"step {self.step} is not durable after {timeout} s: {self.path}")
+        if self._error is not None:
+            self._engine.forget_failure(self._error)
+            raise self._error
+
+
+@dataclass
+class _Opened:
+    """What exists between `open` and `close`."""
+
+    writer: writer.Writer
+    plan: int
+    snapshotter: Snapshotter
+    pool: SlotPool
+    fetcher: ThreadPoolExecutor | None
+
+
+@dataclass
+class Counts:
+    """How many saves there were."""
+
+    requested: int = 0
+    durable: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+class Engine:
+    """Takes snapshots of one state and has them written. One thread saves; any may wait.
+
+    Args:
+        options: How to work.
+        on_durable: Called on the thread that takes reports in, once for each save that has become durable.
+    """
+
+    def __init__(self, options: Options, on_durable: Callable[[PendingSave], None] = lambda pending: None) -> None:
+        self._options = options
+        self._on_durable = on_durable
+        self._opened: _Opened | None = None
+        self._pending: dict[int, PendingSave] = {}  # by job number; written by the saving thread, emptied by any
+        self._failures: deque[SaveFailed] = deque()
+        self._recent: deque[PendingSave] = deque(maxlen=_KEPT_STATS)
+        self.counts = Counts()
+
+    @property
+    def stats(self) -> list[SaveStats]:
+        """What each of the last 100,000 saves cost, oldest first."""
+        return [pending.stats for pending in self._recent]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a structure has been given."""
+        return self._opened is not None
+
+    # ------------------------------------------------------------------------------------------ open and close
+
+    def open(
+        self,
+        leaves: Sequence[Leaf],
+        arrays: Sequence[Array],
+        *,
+        empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
+        documents: dict[str, Any] | None = None,
+    ) -> None:
+        """Makes plan and slots for one structure and starts the writer, all in the background where it takes long.
+
+        An earlier structure is finished and given up first.
+
+        Raises:
+            BudgetExceeded: not even one snapshot fits into the memory budget.
+            UnsupportedLeaf: a leaf that no reader could read back.
+        """
+        self.close()
+        options = self._options
+        plan = make_plan(leaves, empty_nodes)
+        snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
+        pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
+        borrowed = writer.borrow_shared(in_process=options.in_process)
+        for slot in pool.slots:
+            borrowed.add_slot(slot)
+        number = borrowed.add_plan(plan, documents)
+        fetcher = ThreadPoolExecutor(1, "offstep-fetch") if snapshotter.mode == "device_copy" else None
+        self._opened = _Opened(borrowed, number, snapshotter, pool, fetcher)
+
+    def close(self) -> None:
+        """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`."""
+        if self._opened is None:
+            return
+        self.wait_all(None)
+        opened, self._opened = self._opened, None
+        if opened.fetcher is not None:
+            opened.fetcher.shutdown()
+        for slot in opened.pool.slots:
+            opened.writer.drop_slot(slot)
+        opened.writer.drop_plan(opened.plan)
+        opened.pool.close()
+        writer.return_shared(in_process=self._options.in_process)
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def matches(self, arrays: Sequence[Array]) -> bool:
+        """Returns whether `open` was called for a structure like this one."""
+        return self._opened is not None and self._opened.snapshotter.matches(arrays)
+
+    def save(
+        self,
+        arrays: Sequence[Array],
+        step: int,
+        target: Callable[[int], Target],
+        *,
+        step_leaf: int | None = None,
+        step_divisor: int = 1,
+        manifest: dict[str, Any] | None = None,
+        note: str = "",
+        started: float | None = None,
+    ) -> PendingSave | None:
+        """Takes a snapshot and submits it; what it returns is not durable yet.
+
+        Blocks while no slot is free (`on_busy="wait"`), and for the copy on the CPU backend. Once it has returned,
+        the checkpoint is written even if this process is killed (on accelerators: once its transfer has ended).
+
+        Args:
+            arrays: The state, in the order given to `open`.
+            step: Training step.
+            target: Gives the place for a step.
+            step_leaf: Index of an array that holds the step itself; then `step` is only what is expected.
+            step_divisor: How many counts of that array make one step.
+            manifest: JSON to keep with the checkpoint.
+            note: Kept with the pending save.
+            started: `time.monotonic()` at which the caller's hook began.
+
+        Returns:
+            The pending save, or `None` when no slot was free and `on_busy="skip"`.
+        """
+        opened = self._opened
+        assert opened is not None, "open() comes first"
+        started = time.monotonic() if started is None else started
+        self.counts.requested += 1
+        slot, waited = self._acquire(opened)
+        if slot is None:
+            self.counts.skipped += 1
+            return None
+        stats = SaveStats(step, target(step).shown, opened.snapshotter.plan.state_bytes, 0.0, waited)
+        pending = PendingSave(self, stats, note)
+        number = opened.writer.next_job_number()
+        work = _Work(number, opened, slot, pending, target, step_leaf, step_divisor, manifest or {}, started)
+        self._pending[number] = pending
+        try:
+            self._start(work, arrays)
+        except BaseException:
+            del self._pending[number]
+            opened.pool.release(slot)
+            raise
+        pending._stats = replace(pending._stats, call_seconds=time.monotonic() - started)
+        self._recent.append(pending)
+        return pending
+
+    def _acquire(self, opened: _Opened) -> tuple[Slot | None, float]:
+        slot = opened.pool.try_acquire()
+        if slot is not None or self._options.on_busy == "skip":
+            return slot, 0.0
+        started = time.monotonic()
+        while slot is None:
+            self._advance(until=lambda: opened.pool.has_free)
+            slot = opened.pool.try_acquire()
+        return slot, time.monotonic() - started
+
+    def _start(self, work: _Work, arrays: Sequence[Array]) -> None:
+        opened = work.opened
+        if opened.fetcher is None:
+            opened.snapshotter.take(arrays, work.slot)
+            self._submit(work)
+        else:
+            private = opened.snapshotter.copy_on_device(arrays)
+            opened.fetcher.submit(self._fetch, work, private)
+
+    def _fetch(self, work: _Work, private: list[Array]) -> None:
+        """Runs on the fetching thread."""
+        try:
+            work.opened.snapshotter.fetch(private, work.slot)
+            self._submit(work)
+        except Exception as error:  # noqa: BLE001  reported like any failure of the writer
+            self._take_outcome(work, {"error": f"{type(error).__name__}: {error}", "errno": None})
+            work.pending._submitted.set()
+
+    def _submit(self, work: _Work) -> None:
+        step = work.pending.step if work.step_leaf is None else work.read_step()
+        target = work.target(step)
+        work.pending._stats = replace(work.pending._stats, step=step, path=target.shown)
+        job = Job(
+            number=work.number,
+            step=step,
+            format="orbax_directory",
+            target=str(target.root / str(step)),
+            base=str(target.base),
+            root=str(target.root),
+            slot=work.slot.number,
+            plan=work.opened.plan,
+            keep=target.keep,
+            replace_all=target.replace_all,
+            manifest=work.manifest | {"step": step},
+        )
+        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome))
+        work.pending._submitted.set()
+
+    # ------------------------------------------------------------------------------------------------- reports
+
+    def poll(self) -> None:
+        """Takes reports in without blocking, and passes a failure on as `on_error` says.
+
+        Raises:
+            SaveFailed: an earlier save failed; each failure is raised once.
+        """
+        if self._pending and self._opened is not None:
+            self._opened.writer.collect()
+        self._pass_on_failures()
+
+    def wait_all(self, timeout: float | None) -> bool:
+        """Waits until no save is pending; returns whether that was reached within `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for pending in list(self._pending.values()):
+            if not self.wait_for(pending, None if deadline is None else max(0.0, deadline - time.monotonic())):
+                return False
+        return True
+
+    def wait_for(self, pending: PendingSave, timeout: float | None) -> bool:
+        """Waits until one save is durable or has failed; returns whether that was reached within `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not pending.done():
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return False
+            if not pending._submitted.wait(remaining):
+                return False
+            self._advance(remaining, until=pending.done)
+        return True
+
+    def raise_failures(self) -> None:
+        """Passes a failure on as `on_error` says; see `poll`."""
+        self._pass_on_failures()
+
+    def forget_failure(self, error: SaveFailed) -> None:
+        """Takes a failure off the list, because the caller is about to raise it."""
+        if error in self._failures:
+            self._failures.remove(error)
+
+    def _advance(self, timeout: float | None = None, *, until: Callable[[], bool]) -> None:
+        """Waits for reports, or for a transfer from the device that has to come first."""
+        assert self._opened is not None
+        waiting = next((pending for pending in list(self._pending.values()) if not pending.done()), None)
+        if waiting is not None and not waiting._submitted.wait(timeout):
+            return
+        self._opened.writer.collect(3600.0 if timeout is None else timeout, until)
+
+    def _take_outcome(self, work: _Work, outcome: writer.Outcome) -> None:
+        pending = self._pending.pop(work.number)
+        error = outcome.get("error")
+        if error is None:
+            seconds = outcome["durable_at"] - work.started
+            pending._stats = replace(pending._stats, durable_seconds=seconds, cpu_seconds=outcome["cpu_seconds"])
+            self.counts.durable += 1
+            if "remark" in outcome:
+                warnings.warn(outcome["remark"], RuntimeWarning, stacklevel=2)
+        else:
+            pending._stats = replace(pending._stats, error=error)
+            self.counts.failed += 1
+            pending._error = _failure(pending, outcome)
+            self._failures.append(pending._error)
+        work.opened.pool.release(work.slot)
+        pending._done.set()
+        if error is None:
+            self._on_durable(pending)
+
+    def _pass_on_failures(self) -> None:
+        while self._failures:
+            failure = self._failures.popleft()
+            if self._options.on_error == "raise":
+                raise failure
+            warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One save between snapshot and outcome."""
+
+    number: int
+    opened: _Opened
+    slot: Slot
+    pending: PendingSave
+    target: Callable[[int], Target]
+    step_leaf: int | None
+    step_divisor: int
+    manifest: dict[str, Any]  # JSON
+    started: float
+
+    def read_step(self) -> int:
+        """Returns the step that the snapshot itself holds."""
+        assert self.step_leaf is not None
+        layout = self.opened.snapshotter.plan.leaves[self.step_leaf]
+        count = self.slot.buffer[layout.offset : layout.offset + layout.chunk_bytes]
+        return int.from_bytes(count, "little") // self.step_divisor
+
+
+def _failure(pending: PendingSave, outcome: writer.Outcome) -> SaveFailed:
+    text = (
+        f"step {pending.step} was not saved to {pending.path}: {outcome['error']}; "
+        "checkpoints saved before it are untouched"
+    )
+    if outcome.get("died"):
+        return WriterDied(text)
+    if outcome.get("errno") is not None:
+        return SaveFailed(outcome["errno"], text)
+    return SaveFailed(text)
