@@ -2,15 +2,21 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu.h"
 #include "crc32c.h"
 #include "pool.h"
 #include "x86.h"
+
+/* Measured on 2 cores of a Zen 4 (benchmarks/bench_copy.py, 629 MB in 40 leaves into a warm memfd, median of 9):
+ * with two threads 35.4 GB/s plain and 35.6 GB/s with CRC, where libc's memcpy takes the same bytes at 25.9 GB/s; with
+ * one thread 18.1 and 18.4 against 13.8. Streaming stores make the difference: they do not read the lines that they
+ * overwrite. Stores of 16, 32 and 64 bytes were equally fast (26 GB/s each, in one run), so there is only the one that
+ * every x86-64 has. The CRC hides behind the memory if it is computed on the registers that are being stored (see
+ * x86_copy_crc32c_vpclmul) or on short blocks (see crc32c_copy). */
+_Static_assert(sizeof(struct gather_entry) == 40, "the layout is part of the Python API");
 
 enum {
     CRC_BYTES = 4,
@@ -230,18 +236,7 @@ int gather_run(const struct gather *job, unsigned threads)
 void copy_streaming(void *dst, const void *src, size_t n)
 {
 #if defined(__x86_64__)
-    static atomic_uint known; /* features, with a bit of its own for "asked" */
-    unsigned features = atomic_load_explicit(&known, memory_order_relaxed);
-    if (features == 0) {
-        features = cpu_features() | 1u << 31;
-        atomic_store_explicit(&known, features, memory_order_relaxed);
-    }
-    if (features & CPU_AVX512)
-        x86_copy_avx512(dst, src, n);
-    else if (features & CPU_AVX2)
-        x86_copy_avx2(dst, src, n);
-    else
-        x86_copy_sse2(dst, src, n);
+    x86_copy_streaming(dst, src, n);
 #else
     memcpy(dst, src, n);
 #endif

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #define TARGET(sets) __attribute__((target(sets)))
-#define SSE42 TARGET("sse4.2,pclmul")
-#define VPCLMUL TARGET("sse4.2,pclmul,avx512f,avx512bw,avx512vl,vpclmulqdq")
+#define SSE42 TARGET("sse4.2,crc32,pclmul")
+#define VPCLMUL TARGET("sse4.2,crc32,pclmul,avx512f,avx512bw,avx512vl,vpclmulqdq")
 
 /* The crc32 instruction takes 3 cycles and a new one can start in each, hence three streams of SEGMENT bytes. */
 enum { SEGMENT = 1024 };
@@ -43,10 +43,15 @@ SSE42 uint32_t x86_crc32c_sse42(uint32_t state, const uint8_t *data, size_t n)
     const uint32_t two_segments = 0xa51b6135; /* x^(16 * 1024 - 33) */
     for (; n >= 3 * SEGMENT; data += 3 * SEGMENT, n -= 3 * SEGMENT) {
         uint64_t a = state, b = 0, c = 0;
-        for (size_t i = 0; i < SEGMENT; i += 8) {
-            a = _mm_crc32_u64(a, load64(data + i));
-            b = _mm_crc32_u64(b, load64(data + SEGMENT + i));
-            c = _mm_crc32_u64(c, load64(data + 2 * SEGMENT + i));
+        for (size_t line = 0; line < SEGMENT; line += 64) {
+            /* Three short streams are not what the prefetcher of the processor looks for. */
+            for (size_t i = 0; i < 3; i++)
+                __builtin_prefetch(data + (3 + i) * SEGMENT + line);
+            for (size_t i = line; i < line + 64; i += 8) {
+                a = _mm_crc32_u64(a, load64(data + i));
+                b = _mm_crc32_u64(b, load64(data + SEGMENT + i));
+                c = _mm_crc32_u64(c, load64(data + 2 * SEGMENT + i));
+            }
         }
         state = advance((uint32_t)a, two_segments) ^ advance((uint32_t)b, one_segment) ^ (uint32_t)c;
     }
@@ -131,25 +136,16 @@ VPCLMUL uint32_t x86_copy_crc32c_vpclmul(uint8_t *dst, const uint8_t *src, size_
     return copy_and_check(dst + done, src + done, n - done, fold_finish(lane));
 }
 
-#define DEFINE_COPY(name, sets, vector, load, stream)                                                                  \
-    TARGET(sets) void name(uint8_t *dst, const uint8_t *src, size_t n)                                                 \
-    {                                                                                                                  \
-        size_t head = misaligned(dst);                                                                                 \
-        if (n < head + 64) {                                                                                           \
-            memcpy(dst, src, n);                                                                                       \
-            return;                                                                                                    \
-        }                                                                                                              \
-        memcpy(dst, src, head);                                                                                        \
-        size_t done = head;                                                                                            \
-        for (; n - done >= 64; done += 64)                                                                             \
-            for (size_t i = 0; i < 64; i += sizeof(vector))                                                            \
-                stream((void *)(dst + done + i), load((const void *)(src + done + i)));                                \
-        memcpy(dst + done, src + done, n - done);                                                                      \
-    }
-
-DEFINE_COPY(x86_copy_sse2, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128)
-DEFINE_COPY(x86_copy_avx2, "avx2", __m256i, _mm256_loadu_si256, _mm256_stream_si256)
-DEFINE_COPY(x86_copy_avx512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_stream_si512)
+void x86_copy_streaming(uint8_t *dst, const uint8_t *src, size_t n)
+{
+    size_t head = misaligned(dst) < n ? misaligned(dst) : n;
+    memcpy(dst, src, head);
+    size_t done = head;
+    for (; n - done >= 64; done += 64)
+        for (size_t i = done; i < done + 64; i += 16)
+            _mm_stream_si128((__m128i *)(dst + i), _mm_loadu_si128((const __m128i *)(src + i)));
+    memcpy(dst + done, src + done, n - done);
+}
 
 void x86_fence(void)
 {

@@ -17,10 +17,8 @@ uint32_t x86_crc32c_vpclmul(uint32_t state, const uint8_t *data, size_t n);
 /* Copies past the cache and checks in one pass. */
 uint32_t x86_copy_crc32c_vpclmul(uint8_t *dst, const uint8_t *src, size_t n, uint32_t state);
 
-/* Copies past the cache; any x86-64, CPU_AVX2, CPU_AVX512. */
-void x86_copy_sse2(uint8_t *dst, const uint8_t *src, size_t n);
-void x86_copy_avx2(uint8_t *dst, const uint8_t *src, size_t n);
-void x86_copy_avx512(uint8_t *dst, const uint8_t *src, size_t n);
+/* Copies past the cache; any x86-64. Wider stores were not faster. */
+void x86_copy_streaming(uint8_t *dst, const uint8_t *src, size_t n);
 
 void x86_fence(void);
 

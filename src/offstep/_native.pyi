@@ -4,11 +4,17 @@ Each function releases the GIL while it works on more than a few kilobytes. Buff
 """
 
 from collections.abc import Sequence
+from mmap import mmap
 from os import PathLike
+from typing import Any, TypeAlias
 
-from typing_extensions import Buffer
+import numpy.typing as npt
 
-def gather(sources: Sequence[int], entries: Buffer, slot: Buffer, threads: int) -> None:
+# Before Python 3.12 the type system has no buffer protocol that NumPy takes part in. Any: every dtype will do.
+_Writable: TypeAlias = bytearray | memoryview | mmap | npt.NDArray[Any]
+_Readable: TypeAlias = bytes | _Writable
+
+def gather(sources: Sequence[int], entries: _Readable, slot: _Writable, threads: int) -> None:
     """Copies ranges of many buffers into one slot.
 
     For each entry, `size` bytes at `sources[source] + source_offset` go to `slot[slot_offset:]`, then `pad` zero
@@ -34,17 +40,17 @@ def gather(sources: Sequence[int], entries: Buffer, slot: Buffer, threads: int) 
         ValueError: an entry leaves the slot, or names a source that is not there. Nothing was copied.
     """
 
-def crc32c(data: Buffer, crc: int = 0) -> int:
+def crc32c(data: _Readable, crc: int = 0) -> int:
     """Returns the CRC-32C (RFC 3720; zarr3's `crc32c` codec) of `data`, continuing from `crc`."""
 
-def prefault(slot: Buffer, threads: int) -> None:
+def prefault(slot: _Writable, threads: int) -> None:
     """Makes all pages of the slot present, in huge pages where the system grants them; changes no byte.
 
     Raises:
         OSError: the memory is not to be had.
     """
 
-def write_at(fd: int, data: Buffer, offset: int, block_bytes: int, threads: int) -> None:
+def write_at(fd: int, data: _Readable, offset: int, block_bytes: int, threads: int) -> None:
     """Writes all of `data` at `offset`, in blocks of `block_bytes`, `threads` of them in flight.
 
     Interrupted and short writes are continued. With `O_DIRECT` the caller aligns address, size, offset and block.
