@@ -1,167 +1,43 @@
-"""The directory that we lay out, restored by stock Orbax, stock Keras and TensorStore."""
+"""The directory that we lay out, restored by stock Orbax and TensorStore."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import time
-from base64 import urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import jax
-import keras
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from orbax.checkpoint.experimental import v1
+from slots import (
+    SINGLE_DEVICE,
+    Arrays,
+    Tree,
+    all_readers,
+    assert_same,
+    example_arrays,
+    lay_out,
+    nest,
+    open_zarr,
+    restore_with_v1_checkpointer,
+    save,
+    save_arrays,
+    write_files,
+)
 
-from offstep._native import crc32c
 from offstep.errors import UnsupportedLeaf
 from offstep.formats import FORMATS, orbax_directory
-from offstep.formats.orbax_directory import ModelDocuments, data_files, document_files, prepare, write_tensorstore
-from offstep.records import Leaf, LeafLayout, PathKey, Plan
-
-Tree = Any  # nested dicts and lists of arrays
-Arrays = dict[tuple[PathKey, ...], np.ndarray]
-
-SINGLE_DEVICE = '{"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"}'
-GAP_BYTES = 100
-
-
-def lay_out(
-    arrays: Arrays, chunk_shapes: dict[tuple[PathKey, ...], tuple[int, ...]] | None = None
-) -> tuple[Plan, bytearray]:
-    """Makes a plan and fills one slot, as the snapshot would; gaps hold 0xEE, not zeros."""
-    slot = bytearray()
-    layouts = []
-    for path, array in arrays.items():
-        chunk_shape = (chunk_shapes or {}).get(path, array.shape)
-        leaf = Leaf(path, array.shape, array.dtype.name, "jax.Array", chunk_shape, SINGLE_DEVICE)
-        blocks = list(cut_into_chunks(array, chunk_shape))
-        chunk_bytes = len(blocks[0])
-        grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, chunk_shape, strict=True))
-        layouts.append(LeafLayout(leaf, chunk_shape, grid, len(slot), chunk_bytes, chunk_bytes + 4 + GAP_BYTES))
-        for block in blocks:
-            slot += block + struct.pack("<I", crc32c(block)) + b"\xee" * GAP_BYTES
-    slot += b"\xee" * (-len(slot) % 4096)
-    return Plan(tuple(layouts), len(slot)), slot
-
-
-def cut_into_chunks(array: np.ndarray, chunk_shape: tuple[int, ...]) -> Iterator[bytes]:
-    """Yields chunks in C order over the grid, those at the upper edge padded with zeros."""
-    starts = (range(0, size, chunk) for size, chunk in zip(array.shape, chunk_shape, strict=True))
-    for corner in product(*starts):
-        part = array[tuple(slice(at, at + chunk) for at, chunk in zip(corner, chunk_shape, strict=True))]
-        block = np.zeros(chunk_shape, array.dtype)
-        block[tuple(map(slice, part.shape))] = part
-        yield block.tobytes()
-
-
-def nest(arrays: Arrays) -> Tree:
-    """Turns paths into nested dicts and lists."""
-    if () in arrays:
-        return arrays[()]
-    groups: dict[PathKey, Arrays] = {}
-    for path, array in arrays.items():
-        groups.setdefault(path[0], {})[path[1:]] = array
-    if all(isinstance(key, int) for key in groups):
-        return [nest(groups[key]) for key in sorted(groups)]
-    return {key: nest(group) for key, group in groups.items()}
-
-
-def flatten(tree: Tree) -> Arrays:
-    """The inverse of `nest`, for what a model's `get_state_tree()` or Orbax returns."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path): np.asarray(leaf) for path, leaf in leaves
-    }
-
-
-def write_files(directory: Path, files: dict[str, orbax_directory.Parts]) -> None:
-    for name, parts in files.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(parts))
-
-
-def save(root: Path, step: int, plan: Plan, slot: bytearray, documents: ModelDocuments | None = None) -> Path:
-    target = root / str(step)
-    prepared = prepare(plan, documents)
-    write_files(target, data_files(prepared, memoryview(slot), step=step, target=str(target), now_ns=time.time_ns()))
-    return target
-
-
-def save_arrays(root: Path, step: int, arrays: Arrays) -> Path:
-    return save(root, step, *lay_out(arrays))
-
-
-def assert_same(actual: Tree, expected: Tree) -> None:
-    """Compares structure, dtypes, shapes and bytes."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        got_array, want_array = np.asarray(got), np.asarray(want)
-        assert (got_array.dtype, got_array.shape) == (want_array.dtype, want_array.shape)
-        assert got_array.tobytes() == want_array.tobytes()
-
-
-def open_zarr(item: Path, name: str) -> ts.TensorStore:
-    base = {"driver": "file", "path": f"{item}/"}
-    return ts.open({"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}).result()
-
-
-def restore_with_manager(root: Path, step: int) -> Tree:
-    with ocp.CheckpointManager(root) as manager:
-        return manager.restore(step, args=ocp.args.Composite(pytree=ocp.args.StandardRestore()))["pytree"]
-
-
-def restore_with_standard_checkpointer(root: Path, step: int) -> Tree:
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(root / str(step) / "pytree")
-
-
-def restore_with_pytree_checkpointer(root: Path, step: int) -> Tree:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(root / str(step) / "pytree")
-
-
-def restore_with_v1_checkpointer(root: Path, step: int) -> Tree:
-    with v1.training.Checkpointer(root) as checkpointer:
-        return checkpointer.load_checkpointables(step)["pytree"]
-
-
-READERS: dict[str, Callable[[Path, int], Tree]] = {
-    "v0 CheckpointManager": restore_with_manager,
-    "v0 StandardCheckpointer": restore_with_standard_checkpointer,
-    "v0 PyTreeCheckpointer": restore_with_pytree_checkpointer,
-    "v1 load": lambda root, step: v1.load(root / str(step), checkpointable_name="pytree"),
-    "v1 load_checkpointables": lambda root, step: v1.load_checkpointables(root / str(step))["pytree"],
-    "v1 Checkpointer": restore_with_v1_checkpointer,
-}
-
-all_readers = pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
-
-
-def example_arrays() -> Arrays:
-    random = np.random.default_rng(0)
-    return {
-        ("trainable_variables", "d1", "kernel"): random.normal(size=(8, 4)).astype(np.float32),
-        ("trainable_variables", "d1", "bias"): random.normal(size=(4,)).astype(ml_dtypes.bfloat16),
-        ("optimizer_variables", "iteration"): np.array(7, np.int32),
-        ("layers", 0, "gamma"): random.normal(size=(3,)).astype(np.float16),
-        ("layers", 1, "gamma"): random.normal(size=(3,)).astype(np.float16),
-    }
+from offstep.formats.orbax_directory import data_files, document_files, prepare, write_tensorstore
+from offstep.records import Leaf, LeafLayout, Plan
 
 
 @all_readers
@@ -350,126 +226,15 @@ def read_entries(item: Path) -> dict[bytes, bytes]:
     return {key: store.read(key).result().value for key in store.list().result()}
 
 
-# --- Keras ------------------------------------------------------------------------------------------------------------
-
-
-@keras.saving.register_keras_serializable("offstep_tests")
-class Vocabulary(keras.layers.Layer):
-    """Keeps two files beside its weights, one of them empty."""
-
-    words = "none"
-
-    def call(self, inputs: jax.Array) -> jax.Array:
-        return inputs
-
-    def save_assets(self, dir_path: str) -> None:
-        (Path(dir_path) / "more").mkdir()
-        (Path(dir_path) / "words.txt").write_text(self.words)
-        (Path(dir_path) / "more" / "empty.bin").write_bytes(b"")
-
-    def load_assets(self, dir_path: str) -> None:
-        assert (Path(dir_path) / "more" / "empty.bin").read_bytes() == b""
-        self.words = (Path(dir_path) / "words.txt").read_text()
-
-
-def make_model() -> keras.Model:
-    # Keras numbers seed generators over the whole process, and skips silently what it does not find by name.
-    keras.utils.clear_session()
-    inputs = keras.Input((8,))
-    hidden = keras.layers.Dense(4, name="d1")(inputs)
-    hidden = keras.layers.Dropout(0.5, name="dropout")(hidden)
-    hidden = keras.layers.BatchNormalization(name="norm")(hidden)
-    outputs = keras.layers.Dense(1, name="d2")(Vocabulary(name="vocabulary")(hidden))
-    model = keras.Model(inputs, outputs)
-    model.compile("adam", "mse", metrics=["mae"])
-    return model
-
-
-def train(model: keras.Model, *callbacks: keras.callbacks.Callback) -> None:
-    random = np.random.default_rng(0)
-    model.fit(random.normal(size=(16, 8)), random.normal(size=(16, 1)), verbose=0, callbacks=list(callbacks))
-
-
-def save_model(root: Path, step: int, model: keras.Model, assets: dict[str, bytes]) -> Path:
-    config = json.dumps(keras.saving.serialize_keras_object(model))
-    return save(root, step, *lay_out(flatten(model.get_state_tree())), ModelDocuments(config, assets))
-
-
-def test_stock_keras_loads_the_model(tmp_path: Path) -> None:
-    model = make_model()
-    train(model)
-    save_model(tmp_path, 1, model, {})
-    keras.utils.clear_session()
-    loaded = keras.saving.load_model(tmp_path)
-    assert_same(without_metrics(loaded), without_metrics(model))
-    x = np.ones((2, 8), np.float32)
-    assert np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
-
-
-def without_metrics(model: keras.Model) -> Tree:
-    """Keras 3.15 makes a model's metrics with the first batch, so a loaded model has none yet."""
-    return {name: group for name, group in model.get_state_tree().items() if name != "metrics_variables"}
-
-
-def test_stock_keras_loads_the_newest_step_and_older_weights_by_path(tmp_path: Path) -> None:
-    model = make_model()
-    train(model)
-    first = jax.tree.map(np.asarray, model.get_state_tree())
-    save_model(tmp_path, 9, model, {})
-    train(model)
-    save_model(tmp_path, 10, model, {})
-    other = make_model()
-    train(other)
-    other.load_weights(tmp_path)
-    assert_same(other.get_state_tree(), model.get_state_tree())
-    other.load_weights(tmp_path / "9")
-    assert_same(other.get_state_tree(), first)
-
-
-def test_stock_keras_loads_the_assets(tmp_path: Path) -> None:
-    model = make_model()
-    assets = {"layers/vocabulary/words.txt": b"some words", "layers/vocabulary/more/empty.bin": b""}
-    save_model(tmp_path, 1, model, assets)
-    assert keras.saving.load_model(tmp_path).get_layer("vocabulary").words == "some words"
-
-
-def test_metadata_says_what_stock_keras_writes(tmp_path: Path) -> None:
-    model = make_model()
-    model.get_layer("vocabulary").words = "some words"
-    model.get_layer("vocabulary").save_assets = save_one_asset
-    train(model, keras.callbacks.OrbaxCheckpoint(str(tmp_path / "stock")))
-    config = json.loads((tmp_path / "stock/0/model_config/_strings.json").read_bytes())["config"]
-    documents = ModelDocuments(config, {"layers/vocabulary/words.txt": b"some words"})
-    ours = save(tmp_path / "ours", 0, *lay_out(flatten(model.get_state_tree())), documents)
-    assert describe(ours) == describe(tmp_path / "stock/0") | {"checkpoint_metadata": None}
-
-
-def save_one_asset(dir_path: str) -> None:
-    (Path(dir_path) / "words.txt").write_text("some words")
-
-
-def describe(step: Path) -> dict[str, object]:
-    """All files but those of the databases; JSON with its contents, times and order left out."""
-    names = [path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()]
-    return {name: describe_file(step / name) for name in names if "/d/" not in name and "ocdbt" not in name}
-
-
-def describe_file(path: Path) -> object:
-    if path.name == "commit_success.txt":
-        return path.read_text().split(" to ")[0]
-    if path.stat().st_size == 0:
-        return None
-    content = json.loads(path.read_bytes())
-    if path.name == "_CHECKPOINT_METADATA":
-        return content | {key: type(content[key]) for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs")}
-    if path.name == "process_0":
-        return sorted(content["array_metadatas"], key=lambda item: item["array_metadata"]["param_name"])
-    if path.name == "_sharding":
-        return {urlsafe_b64decode(name): json.loads(text) for name, text in content.items()}
-    return content
-
-
 # --- parts, names, several devices ------------------------------------------------------------------------------------
+
+
+def test_metadata_tells_shapes_and_dtypes_without_reading_arrays(tmp_path: Path) -> None:
+    arrays = example_arrays()
+    step = save_arrays(tmp_path, 1, arrays)
+    leaves = v1.metadata(step, checkpointable_name="pytree").metadata
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), leaves)
+    assert described == nest({path: (array.shape, array.dtype) for path, array in arrays.items()})
 
 
 def test_v1_restores_a_part_of_the_tree(tmp_path: Path) -> None:
@@ -537,71 +302,3 @@ def test_shards_are_restored_and_resharded_on_several_devices(tmp_path: Path) ->
     flags = "--xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, str(step)], check=True, env=environment)
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def damage() -> Iterator[None]:
-    """Orbax leaves coroutines behind when a restore fails; they complain when they are collected."""
-    yield
-    gc.collect()
-
-
-may_leave_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_arrays(tmp_path_factory.mktemp("small"), 1, example_arrays())
-
-
-@may_leave_coroutines
-@pytest.mark.usefixtures("damage")
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_flipped_bit_changes_no_value_silently(small_checkpoint: Path, data: st.DataObject) -> None:
-    files = sorted(path for path in (small_checkpoint / "pytree").rglob("*") if path.is_file())
-    path = data.draw(st.sampled_from(files))
-    original = path.read_bytes()
-    bit = data.draw(st.integers(0, 8 * len(original) - 1))
-    path.write_bytes(flip(original, bit))
-    restored = try_to_restore(small_checkpoint)
-    path.write_bytes(original)
-    if restored is not None:
-        assert_same(restored, nest(example_arrays()))
-
-
-def flip(content: bytes, bit: int) -> bytes:
-    flipped = bytearray(content)
-    flipped[bit // 8] ^= 1 << bit % 8
-    return bytes(flipped)
-
-
-def try_to_restore(step: Path) -> Tree | None:
-    try:
-        return v1.load(step, checkpointable_name="pytree")
-    except Exception:  # noqa: BLE001 (Orbax raises a bare Exception for an array that it cannot read)
-        return None
-
-
-def test_every_flipped_bit_of_a_chunk_is_refused(tmp_path: Path) -> None:
-    arrays = {("w",): np.arange(6, dtype=np.int16)}
-    step = save_arrays(tmp_path, 1, arrays)
-    (path,) = (step / "pytree" / "d").iterdir()
-    original = path.read_bytes()
-    for bit in range(8 * (12 + 4)):
-        path.write_bytes(flip(original, bit))
-        with pytest.raises(ValueError, match="Digest mismatch"):
-            open_zarr(step / "pytree", "w").read().result()
-
-
-@may_leave_coroutines
-@pytest.mark.usefixtures("damage")
-@pytest.mark.parametrize("kept", [0, 1, 100, 4095, 4096, -1])
-def test_a_truncated_data_file_is_refused(tmp_path: Path, kept: int) -> None:
-    step = save_arrays(tmp_path, 1, example_arrays())
-    (path,) = (step / "pytree" / "d").iterdir()
-    path.write_bytes(path.read_bytes()[:kept])
-    assert try_to_restore(step) is None
