@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import jax
 
 
+@lru_cache(maxsize=256)  # a model has thousands of leaves and a handful of shardings
 def sharding_text(sharding: jax.sharding.Sharding) -> str | None:
     """Returns the JSON of a sharding as Orbax 0.12 writes it into `_sharding`, or `None` for kinds it does not keep."""
     if isinstance(sharding, jax.sharding.NamedSharding):
