@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from offstep import _native
-from offstep.errors import BudgetExceeded, UnsupportedLeaf
+from offstep.errors import BudgetExceeded
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
 CHUNK_TARGET_BYTES = 16 << 20
@@ -53,30 +53,15 @@ def item_bytes(dtype: str) -> int:
 
 
 def make_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
-    """Places the leaves one after another in a slot, each cut into contiguous chunks.
-
-    Raises:
-        UnsupportedLeaf: two leaves share one name, or a leaf has no elements (stock Orbax cannot read those).
-    """
+    """Places the leaves one after another in a slot, each cut into contiguous chunks."""
     layouts = []
     offset = 0
-    names: set[str] = set()
     for leaf in leaves:
-        _check_leaf(leaf, names)
         layout = _lay_out(leaf, offset)
         layouts.append(layout)
         offset += layout.stride_bytes * layout.chunk_count
     slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
     return Plan(tuple(layouts), slot_bytes, tuple(empty_nodes))
-
-
-def _check_leaf(leaf: Leaf, names: set[str]) -> None:
-    if leaf.name in names:
-        raise UnsupportedLeaf(f"{leaf.name}: two leaves of the state have this name; give their layers unique names.")
-    names.add(leaf.name)
-    if 0 in leaf.shape:
-        shape = list(leaf.shape)
-        raise UnsupportedLeaf(f"{leaf.name}: shape {shape} has no elements; Orbax cannot restore such leaves.")
 
 
 def _lay_out(leaf: Leaf, offset: int) -> LeafLayout:
@@ -98,7 +83,7 @@ def choose_chunk_shape(shape: tuple[int, ...], shard_shape: tuple[int, ...], ite
 
     A chunk never crosses a shard. Only leaves that are not sharded may have a padded last chunk.
     """
-    chunk = list(shard_shape)
+    chunk = [max(1, size) for size in shard_shape]  # zarr has no chunks of size 0, not even where there are no elements
     for axis, rows in enumerate(shard_shape):
         row_bytes = math.prod(shard_shape[axis + 1 :]) * itemsize
         if rows * row_bytes <= CHUNK_TARGET_BYTES:
@@ -143,7 +128,8 @@ def shard_count(leaf: Leaf) -> int:
 
 def shard_grid(leaf: Leaf) -> tuple[int, ...]:
     """Returns the number of shards along each axis."""
-    return tuple(whole // part for whole, part in zip(leaf.shape, leaf.shard_shape or leaf.shape, strict=True))
+    shards = zip(leaf.shape, leaf.shard_shape or leaf.shape, strict=True)
+    return tuple(whole // part if part else 1 for whole, part in shards)
 
 
 def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from offstep import writer
 from offstep.buffers import Slot, SlotPool, make_plan
 from offstep.errors import SaveFailed, SaveTimeout, WriterDied
+from offstep.formats import orbax_directory
 from offstep.records import Job, Leaf, PathKey, SaveStats
 from offstep.snapshot import Array, Mode, Snapshotter
 
@@ -195,10 +196,11 @@ class Engine:
 
         Raises:
             BudgetExceeded: not even one snapshot fits into the memory budget.
-            UnsupportedLeaf: a leaf that no reader could read back.
+            UnsupportedLeaf: a leaf that stock readers could not read back.
         """
         self.close()
         options = self._options
+        orbax_directory.check_leaves(leaves)
         plan = make_plan(leaves, empty_nodes)
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
         pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -83,6 +83,24 @@ class PreparedDirectory:
     state: _ArrayItem
     assets: _ArrayItem | None
     assets_image: bytes
+
+
+def check_leaves(leaves: Iterable[Leaf]) -> None:
+    """Checks that stock readers can restore such leaves; the trainer calls it before it takes a snapshot.
+
+    Raises:
+        UnsupportedLeaf: stock Orbax cannot restore a dtype, or two leaves would have one name.
+    """
+    paths: dict[str, tuple[PathKey, ...]] = {}
+    for leaf in leaves:
+        name = leaf.name
+        if leaf.dtype not in DTYPES:
+            raise UnsupportedLeaf(f"{name}: stock Orbax cannot restore {leaf.dtype}; cast the leaf to a wider dtype")
+        if name in paths:
+            raise UnsupportedLeaf(
+                f"{leaf.path} and {paths[name]}: Orbax would store both as {name!r}; rename one of them"
+            )
+        paths[name] = leaf.path
 
 
 def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
@@ -177,24 +195,13 @@ def _database_files(item: _ArrayItem, image: memoryview, now_ns: int) -> dict[st
 
 
 def _prepare_item(name: str, plan: Plan) -> _ArrayItem:
-    _check_names([layout.leaf for layout in plan.leaves])
+    check_leaves(layout.leaf for layout in plan.leaves)
     entries = sorted((entry for layout in plan.leaves for entry in _leaf_entries(layout)), key=lambda entry: entry[0])
     database = prepare_database(entries, node_offset=plan.slot_bytes)
     return _ArrayItem(name, plan.slot_bytes, tuple(entries), database)
 
 
-def _check_names(leaves: Sequence[Leaf]) -> None:
-    paths: dict[str, tuple[PathKey, ...]] = {}
-    for leaf in leaves:
-        if leaf.name in paths:
-            raise UnsupportedLeaf(
-                f"{leaf.path} and {paths[leaf.name]}: Orbax would store both as {leaf.name!r}; rename one of them"
-            )
-        paths[leaf.name] = leaf.path
-
-
 def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
-    _check_dtype(layout.leaf)
     name = layout.leaf.name
     yield f"{name}/zarr.json".encode(), _encode_zarr(layout)
     if 0 in layout.leaf.shape:
@@ -203,11 +210,6 @@ def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
     for position, (offset, size) in zip(positions, layout.chunk_ranges(), strict=True):
         key = "/".join([name, "c", *map(str, position)])
         yield key.encode(), SlotRange(offset, size)
-
-
-def _check_dtype(leaf: Leaf) -> None:
-    if leaf.dtype not in DTYPES:
-        raise UnsupportedLeaf(f"{leaf.name}: stock Orbax cannot restore {leaf.dtype}; cast the leaf to a wider dtype")
 
 
 def _encode_zarr(layout: LeafLayout) -> bytes:
