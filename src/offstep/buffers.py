@@ -23,6 +23,7 @@ CHUNK_TARGET_BYTES = 16 << 20
 _CHUNK_ALIGNMENT = 64
 _SLOT_ALIGNMENT = 4096
 _FEW_ROWS = 64
+_LEAST_ROWS_PER_PADDED = 32
 _BUDGET_FRACTION = 0.8
 
 COPY_ENTRY = np.dtype(
@@ -98,14 +99,15 @@ def choose_chunk_shape(shape: tuple[int, ...], shard_shape: tuple[int, ...], ite
 
 
 def _rows_per_chunk(rows: int, fitting_rows: int, *, may_pad: bool) -> int:
-    """Picks how many of `rows` go into one chunk, with as little padding as possible."""
-    chunks = -(-rows // fitting_rows)
-    if may_pad and rows >= _FEW_ROWS * chunks:
-        return -(-rows // chunks)  # pads fewer rows than there are chunks
+    """Picks how many of `rows` go into one chunk: near `fitting_rows`, with little padding or none."""
     if may_pad:
-        candidates = range(fitting_rows, fitting_rows // 2, -1)
-        return min(candidates, key=lambda count: -rows % count)
-    return next(count for count in range(fitting_rows, 0, -1) if rows % count == 0)
+        chunks = -(-rows // fitting_rows)
+        if rows >= _FEW_ROWS * chunks:
+            return -(-rows // chunks)  # pads fewer rows than there are chunks
+        return next(count for count in range(fitting_rows, 0, -1) if -rows % count <= rows // _LEAST_ROWS_PER_PADDED)
+    # A prime number of rows must not fall apart into chunks of one row each: a larger chunk is the lesser evil.
+    divisors = [count for low in range(1, math.isqrt(rows) + 1) if rows % low == 0 for count in (low, rows // low)]
+    return min(divisors, key=lambda count: max(count / fitting_rows, fitting_rows / count))
 
 
 def copy_table(plan: Plan) -> np.ndarray:

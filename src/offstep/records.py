@@ -86,7 +86,10 @@ class Plan:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of the arrays themselves, without padding and checksums."""
-        return sum(layout.chunk_bytes * layout.chunk_count for layout in self.leaves)
+        return sum(
+            math.prod(layout.leaf.shape) * (layout.chunk_bytes // math.prod(layout.chunk_shape))
+            for layout in self.leaves
+        )
 
     def to_json(self) -> dict[str, Any]:  # JSON objects
         """Returns a JSON-ready form, for the writer process."""
