@@ -47,6 +47,7 @@ class Options:
         repeats: Runs of every peer.
         equalise: Peers that are not durable are made so with fsync.
         barrier: Wait for the state before every save.
+        pss: Memory by proportional set size: exact where processes share pages, but it disturbs who is measured.
         timeout_seconds: A run that takes longer has failed.
         say: Where progress goes.
     """
@@ -55,6 +56,7 @@ class Options:
     repeats: int = 3
     equalise: bool = False
     barrier: bool = True
+    pss: bool = False
     timeout_seconds: float = 600.0
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
@@ -117,7 +119,11 @@ def run_once(workload: Workload, peer: Peer, seed: int, options: Options) -> dic
         checkpoints.mkdir()
         spec = RunSpec(workload, peer.name, str(checkpoints), seed, options.equalise, options.barrier)
         answer = directory / "result.json"
-        with Watcher(checkpoints, equalise=options.equalise and peer.finished == "name") as watcher:
+        with Watcher(
+            checkpoints,
+            equalise=options.equalise and peer.finished == "name",
+            read_memory=read_pss_bytes if options.pss else read_memory_bytes,
+        ) as watcher:
             _run_process(spec, answer, watcher, options.timeout_seconds)
         result = json.loads(answer.read_text())
     watcher.annotate(result)
@@ -171,9 +177,10 @@ def empty_directory(parent: Path) -> Iterator[Path]:
 class Watcher:
     """Watches a run from outside: memory of the process tree, and when checkpoints get their final names."""
 
-    def __init__(self, directory: Path, equalise: bool) -> None:
+    def __init__(self, directory: Path, *, equalise: bool, read_memory: Callable[[list[int]], int]) -> None:
         self.directory = directory
         self.equalise = equalise
+        self.read_memory = read_memory
         self.pid: int | None = None
         self.memory: list[tuple[float, int]] = []
         self.named_at: dict[int, float] = {}
@@ -207,7 +214,7 @@ class Watcher:
             now = time.perf_counter()
             if self.pid is not None and now - listed_at > TREE_INTERVAL_SECONDS:
                 pids, listed_at = list_tree(self.pid), now
-            self.memory.append((now, read_memory_bytes(pids)))
+            self.memory.append((now, self.read_memory(pids)))
 
     def _names(self) -> None:
         while not self._stop.wait(NAME_INTERVAL_SECONDS):
@@ -239,19 +246,23 @@ def read_memory_bytes(pids: list[int]) -> int:
     """
     private, shared = 0, 0
     for pid in pids:
-        fields = _read_status(pid)
+        fields = _read_fields(Path(f"/proc/{pid}/status"))
         private += fields.get("RssAnon", 0)
         shared = max(shared, fields.get("RssShmem", 0))
     return private + shared
 
 
-def _read_status(pid: int) -> dict[str, int]:
+def read_pss_bytes(pids: list[int]) -> int:
+    """Returns the memory of a process tree by proportional set size, without mapped files."""
+    rollups = [_read_fields(Path(f"/proc/{pid}/smaps_rollup")) for pid in pids]
+    return sum(fields.get("Pss_Anon", 0) + fields.get("Pss_Shmem", 0) for fields in rollups)
+
+
+def _read_fields(path: Path) -> dict[str, int]:
+    """Returns the sizes in a file of `/proc`, in bytes."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # It is gone.
+        lines = path.read_text().splitlines()
+    except OSError:  # The process is gone.
         return {}
-    return {name: int(value.split()[0]) << 10 for name, _, value in map(_split_field, lines) if name.startswith("Rss")}
-
-
-def _split_field(line: str) -> tuple[str, str, str]:
-    return line.partition(":")
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(size) << 10 for name, size, _ in fields}

@@ -50,6 +50,7 @@ class Row:
 
     Attributes:
         call_seconds: `t_call`: the peer's hooks on the training thread, per save; median and spread of the repeats.
+        state_bytes: Bytes of the state that is saved.
         call_p50, call_p99, call_max: Over all saves.
         visible_seconds: `t_call` plus what the step after the save took longer than without saving.
         stall_seconds: Effective stall per save over the whole run, until everything is finished.
@@ -66,6 +67,7 @@ class Row:
 
     peer: str
     label: str
+    state_bytes: int
     call_seconds: Spread
     call_p50: float
     call_p99: float
@@ -103,6 +105,7 @@ def _row(runs: Runs, name: str, baseline: list[dict[str, Any]]) -> Row:
     return Row(
         peer=name,
         label=PEERS[name].label,
+        state_bytes=results[0]["state_bytes"],
         call_seconds=_need(Spread.of(_median_call(result) for result in results)),
         call_p50=p50,
         call_p99=float(np.percentile(calls, 99)),
@@ -190,7 +193,49 @@ def print_machine(console: Console, machine: dict[str, Any], options: Options) -
     console.print(f"{modes}; {'state awaited before each save' if options.barrier else 'no wait before a save'}\n")
 
 
-def print_rows(console: Console, runs: Runs, rows: Sequence[Row]) -> None:
+def _milliseconds(spread: Spread | None, *, spread_too: bool = True) -> str:
+    if spread is None:
+        return "-"
+    text = f"{1e3 * spread.median:.1f}"
+    return f"{text} ({1e3 * spread.low:.1f}..{1e3 * spread.high:.1f})" if spread_too else text
+
+
+def _megabytes(spread: Spread) -> str:
+    return f"{spread.median / 1e6:.0f} ({spread.low / 1e6:.0f}..{spread.high / 1e6:.0f})"
+
+
+def _durable_text(row: Row, *, spread_too: bool) -> str:
+    if row.durable_seconds:
+        return _milliseconds(row.durable_seconds, spread_too=spread_too)
+    return "-" if PEERS[row.peer].finished == "never" else "not durable"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "p50": ("t_call p50\nms", lambda row: f"{1e3 * row.call_p50:.2f}"),
+    "p99": ("p99\nms", lambda row: f"{1e3 * row.call_p99:.2f}"),
+    "max": ("max\nms", lambda row: f"{1e3 * row.call_max:.2f}"),
+    "visible": ("t_call + next\nstep's delay, ms", lambda row: _milliseconds(row.visible_seconds, spread_too=False)),
+    "stall": ("effective stall per\nsave, ms (spread)", lambda row: _milliseconds(row.stall_seconds)),
+    "training": (
+        "without the\nfinal wait, ms",
+        lambda row: _milliseconds(row.stall_training_seconds, spread_too=False),
+    ),
+    "finished": ("finished\nms", lambda row: _milliseconds(row.finished_seconds, spread_too=False)),
+    "durable": ("durable\nms", lambda row: _durable_text(row, spread_too=False)),
+    "cpu": ("CPU s\nper GB", lambda row: f"{row.cpu_seconds_per_gb.median:.2f}"),
+    "memory": ("extra peak\nMB", lambda row: f"{row.memory_bytes.median / 1e6:.0f}"),
+    "disk": ("on disk\nMB", lambda row: f"{row.checkpoint_bytes / 1e6:.1f}" if row.checkpoint_bytes else "-"),
+    "copy": ("t_call /\ncopy", lambda row: f"{row.copy_ratio:.2f}"),
+    "write": ("durable /\nwrite", lambda row: f"{row.write_ratio:.2f}" if row.write_ratio else "-"),
+    "durable_spread": ("durable, ms (spread)", lambda row: _durable_text(row, spread_too=True)),
+    "finished_spread": ("finished, ms (spread)", lambda row: _milliseconds(row.finished_seconds)),
+    "memory_ratio": ("extra peak /\nstate", lambda row: f"{row.memory_bytes.median / row.state_bytes:.2f}"),
+    "memory_spread": ("extra peak, MB (spread)", lambda row: _megabytes(row.memory_bytes)),
+}
+STALL_COLUMNS = tuple(COLUMNS)[:13]
+
+
+def print_rows(console: Console, runs: Runs, rows: Sequence[Row], columns: Sequence[str] = STALL_COLUMNS) -> None:
     """Prints the table of one workload and what bounds it."""
     workload, bounds = runs.workload, best_bounds(runs)
     baseline = runs.by_peer[BASELINE]
@@ -201,7 +246,7 @@ def print_rows(console: Console, runs: Runs, rows: Sequence[Row]) -> None:
         f"{first['state_variables']:,} variables; step {1e3 * step:.1f} ms; "
         f"saved every {workload.save_freq} steps, {workload.saves} saves a run)"
     )
-    console.print(_rows_table(rows))
+    console.print(_rows_table(rows, columns))
     for kind, name in (("copy_seconds", "warm memory copy"), ("write_seconds", "direct write with fsync")):
         rate = first["state_bytes"] / bounds[kind] / 1e9
         console.print(f"bound: {name} of the same bytes {1e3 * bounds[kind]:.2f} ms ({rate:.1f} GB/s)")
@@ -211,45 +256,16 @@ def print_rows(console: Console, runs: Runs, rows: Sequence[Row]) -> None:
     console.print()
 
 
-def _rows_table(rows: Sequence[Row]) -> Table:
-    table = Table(*(title for title, _ in COLUMNS))
+def _rows_table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
+    table = Table("", *(COLUMNS[name][0] for name in columns))
     for column in table.columns[1:]:
         column.justify = "right"
         column.no_wrap = True
     for row in rows:
-        table.add_row(*(text(row) for _, text in COLUMNS), style="bold" if row.peer == OURS else None)
+        table.add_row(
+            row.label, *(COLUMNS[name][1](row) for name in columns), style="bold" if row.peer == OURS else None
+        )
     return table
-
-
-def _milliseconds(spread: Spread | None, *, spread_too: bool = True) -> str:
-    if spread is None:
-        return "-"
-    text = f"{1e3 * spread.median:.1f}"
-    return f"{text} ({1e3 * spread.low:.1f}..{1e3 * spread.high:.1f})" if spread_too else text
-
-
-def _durable_text(row: Row) -> str:
-    if row.durable_seconds:
-        return _milliseconds(row.durable_seconds, spread_too=False)
-    return "-" if PEERS[row.peer].finished == "never" else "not durable"
-
-
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("", lambda row: row.label),
-    ("t_call p50\nms", lambda row: f"{1e3 * row.call_p50:.2f}"),
-    ("p99\nms", lambda row: f"{1e3 * row.call_p99:.2f}"),
-    ("max\nms", lambda row: f"{1e3 * row.call_max:.2f}"),
-    ("t_call + next\nstep's delay, ms", lambda row: _milliseconds(row.visible_seconds, spread_too=False)),
-    ("effective stall per\nsave, ms (spread)", lambda row: _milliseconds(row.stall_seconds)),
-    ("without the final\nwait, ms", lambda row: _milliseconds(row.stall_training_seconds, spread_too=False)),
-    ("finished\nms", lambda row: _milliseconds(row.finished_seconds, spread_too=False)),
-    ("durable\nms", _durable_text),
-    ("CPU s\nper GB", lambda row: f"{row.cpu_seconds_per_gb.median:.2f}"),
-    ("extra peak\nMB", lambda row: f"{row.memory_bytes.median / 1e6:.0f}"),
-    ("on disk\nMB", lambda row: f"{row.checkpoint_bytes / 1e6:.1f}" if row.checkpoint_bytes else "-"),
-    ("t_call /\ncopy", lambda row: f"{row.copy_ratio:.2f}"),
-    ("durable /\nwrite", lambda row: f"{row.write_ratio:.2f}" if row.write_ratio else "-"),
-)
 
 
 def print_ratios(console: Console, rows: Sequence[Row]) -> None:

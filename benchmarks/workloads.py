@@ -64,6 +64,7 @@ WORKLOADS = {
     "A": Workload("A", "600 MB of state in 80 variables", 13, 1960, batch=64, save_freq=5, saves=4),
     "B": Workload("B", "15 MB of state in 1,800 variables", 300, 64, batch=32, save_freq=100, saves=6),
     "C": Workload("C", "200 MB of state, short steps", 8, 1444, batch=16, save_freq=20, saves=6),
+    "D": Workload("D", "100 MB of state, steps of 100 ms or more", 8, 1020, batch=256, save_freq=10, saves=6),
     "L": Workload("L", "LoRA: 99 % of 200 MB frozen", 100, 704, batch=16, save_freq=20, saves=6, frozen_layers=99),
 }
 
@@ -71,6 +72,12 @@ WORKLOADS = {
 def shrink(workload: Workload) -> Workload:
     """Returns the workload with as few saves as show that everything works."""
     return replace(workload, saves=2, warmup_saves=1)
+
+
+def at_frequency(workload: Workload, save_freq: int, saved_steps: int = 20) -> Workload:
+    """Returns the workload saved every `save_freq` steps, over at least `saved_steps` steps and three saves."""
+    saves = max(3, saved_steps // save_freq)
+    return replace(workload, name=f"{workload.name}, N={save_freq}", save_freq=save_freq, saves=saves)
 
 
 def small_leaves(leaves: int, width: int = 32) -> Workload:
