@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 SAVE_EVERY = 5
-EPOCHS = 3
+EPOCHS = 2
 TEST_SIZE = 359
 
-# The run to be killed: past a save, short of the next one, far from its end.
+# Past a save, short of the next one, and before the run is over.
 KILL_AT_STEP = 72
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -138,7 +138,9 @@ def train_and_kill(root: Path) -> int:
             # No line is the end of the output: int() then fails, as it should.
             step = int(trainer.stdout.readline())
         trainer.kill()
-    return step
+        # It may have gone on between its line and the signal.
+        steps = [step, *map(int, trainer.stdout)]
+    return steps[-1]
 
 
 def tabulate(saves: list[SaveStats]) -> Table:
