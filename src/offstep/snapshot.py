@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from offstep import _native
@@ -92,6 +93,7 @@ class Snapshotter:
         self._shards = [_distinct_shards(layout.leaf, array) for layout, array in zip(plan.leaves, arrays, strict=True)]
         self._has_pointers = [_can_be_pointed_at(array) for array in arrays]
         self._device_groups = _group_by_devices(arrays)
+        self._host_dtypes = [_native_dtype(layout.leaf) for layout in plan.leaves]
         self._is_plain = all(self._has_pointers) and all(shards is _SINGLE_SHARD for shards in self._shards)
 
     def matches(self, arrays: Sequence[Array]) -> bool:
@@ -100,7 +102,7 @@ class Snapshotter:
             len(arrays) == len(self._shapes)
             and [_shape(array) for array in arrays] == self._shapes
             and [_dtype(array) for array in arrays] == self._dtypes
-            and (self._is_plain or [getattr(array, "sharding", None) for array in arrays] == self._shardings)
+            and [getattr(array, "sharding", None) for array in arrays] == self._shardings
         )
 
     def take(self, arrays: Sequence[Array], slot: Slot) -> None:
@@ -112,19 +114,30 @@ class Snapshotter:
         Raises:
             StructureMismatch: an array has been deleted or resharded.
         """
-        jax.block_until_ready(list(arrays))  # type: ignore[no-untyped-call]
         keep_alive: list[np.ndarray] = []
         try:
+            jax.block_until_ready(list(arrays))  # type: ignore[no-untyped-call]
             addresses = self._addresses(arrays, keep_alive)
         except (RuntimeError, ValueError) as error:
-            raise StructureMismatch(f"the state cannot be read ({error}); was an array of it donated?") from error
+            raise _unreadable(error) from error
         _native.gather(addresses, self._table.data, slot.buffer, self._threads)
 
     def copy_on_device(self, arrays: Sequence[Array]) -> list[Array]:
-        """Dispatches a copy of the arrays on their devices and returns it, without waiting."""
-        copies: list[Array] = [None if isinstance(array, jax.Array) else np.array(array) for array in arrays]
+        """Dispatches a copy of the arrays on their devices and returns it, without waiting.
+
+        Raises:
+            StructureMismatch: an array has been deleted.
+        """
+        copies: list[Array] = [
+            None if isinstance(array, jax.Array) else np.array(array, dtype)
+            for array, dtype in zip(arrays, self._host_dtypes, strict=True)
+        ]
         for indices in self._device_groups:
-            for index, copy in zip(indices, _device_copy([arrays[index] for index in indices]), strict=True):
+            try:
+                copied = _device_copy([arrays[index] for index in indices])
+            except (RuntimeError, ValueError) as error:
+                raise _unreadable(error) from error
+            for index, copy in zip(indices, copied, strict=True):
                 copies[index] = copy
         return copies
 
@@ -140,7 +153,7 @@ class Snapshotter:
             rows = slice(*np.searchsorted(sources, (first_source, first_source + count)))
             table = self._table[rows].copy()
             table["source"] -= first_source
-            hosts = [_to_host(shard) for shard in self._shards_of(index, private[index])]
+            hosts = [_to_host(shard, self._host_dtypes[index]) for shard in self._shards_of(index, private[index])]
             private[index] = None  # its device memory is free from here on
             _native.gather([_address(host) for host in hosts], table.data, slot.buffer, self._threads)
             first_source += count
@@ -154,7 +167,7 @@ class Snapshotter:
                 if self._has_pointers[index]:
                     addresses.append(shard.unsafe_buffer_pointer())
                 else:
-                    keep_alive.append(_to_host(shard))
+                    keep_alive.append(_to_host(shard, self._host_dtypes[index]))
                     addresses.append(_address(keep_alive[-1]))
         return addresses
 
@@ -239,10 +252,19 @@ def _distinct_shards(leaf: Leaf, array: Array) -> tuple[int, ...]:
     return tuple(found[start] for start in itertools.product(*(range(count) for count in shard_grid(leaf))))
 
 
-def _to_host(array: Array) -> np.ndarray:
+def _native_dtype(leaf: Leaf) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, leaf.dtype, leaf.dtype))
+
+
+def _to_host(array: Array, dtype: np.dtype) -> np.ndarray:
+    """Returns the array in plain memory of this host, in its byte order; a Python number must fit `dtype`."""
     if isinstance(array, jax.Array) and _is_key(array):
         array = jax.random.key_data(array)
-    return np.asarray(array, order="C")
+    return np.asarray(array, dtype, order="C")
+
+
+def _unreadable(error: Exception) -> StructureMismatch:
+    return StructureMismatch(f"the state cannot be read ({error}); was an array of it donated?")
 
 
 def _address(host: np.ndarray) -> int:
