@@ -64,19 +64,27 @@ def probe_directory(directory: Path) -> None:
 class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 
-    Use it as a context manager: what has not been committed when the block ends is deleted.
+    Use it as a context manager: what has not been committed when the block ends is deleted, and what a commit replaced.
 
     Args:
         final: Where `commit` will put it; the parent exists.
+        tag: Ends the temporary name; what an earlier attempt with this tag left behind is deleted.
+
+    Raises:
+        NotADirectoryError: a file is where the checkpoint shall go.
     """
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, final: Path, *, tag: str | None = None) -> None:
+        if final.exists() and not final.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is where the checkpoint shall go", str(final))
         self.final = final
-        self.path = final.with_name(f"{final.name}{IN_PROGRESS_MARK}-{secrets.token_hex(4)}")
+        self.path = final.with_name(f"{final.name}{IN_PROGRESS_MARK}-{tag or secrets.token_hex(4)}")
+        if tag is not None:
+            _delete(self.path)
         self.path.mkdir()
         self._directories = {self.path}
         self._descriptors: list[int] = []  # open until synced: an error of writing back is told to these
-        self._is_committed = False
+        self._is_disposable = True  # whether what lies under the temporary name may go
 
     def __enter__(self) -> StagedDirectory:
         return self
@@ -84,8 +92,8 @@ class StagedDirectory:
     def __exit__(self, *_: object) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
-        if not self._is_committed:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self._is_disposable:
+            _delete(self.path, ignore_errors=True)
 
     def write(self, files: Mapping[str, Parts], *, io_threads: int = 1) -> dict[str, int]:
         """Writes new files and returns their sizes in bytes.
@@ -117,18 +125,15 @@ class StagedDirectory:
         # Concurrent fsyncs share one journal commit: 1.5 ms for 18 of them, where one after another took 32 ms.
         with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="offstep-fsync") as pool:
             list(pool.map(os.fsync, self._descriptors))
-        if self.final.exists():
-            self._exchange()
+        if os.path.lexists(self.final):
+            _native.rename_exchange(self.path, self.final)
+            self._is_disposable = False
+            sync_directory(self.final.parent)
+            self._is_disposable = True  # it is the older directory now
         else:
             self.path.rename(self.final)
-            self._is_committed = True
+            self._is_disposable = False
             sync_directory(self.final.parent)
-
-    def _exchange(self) -> None:
-        _native.rename_exchange(self.path, self.final)
-        self._is_committed = True
-        sync_directory(self.final.parent)
-        remove_directory(self.path)
 
     def _make_directories(self, directory: Path) -> None:
         if directory not in self._directories:
@@ -142,7 +147,7 @@ def remove_directory(directory: Path) -> None:
     trash = directory.with_name(f"{TRASH_PREFIX}{directory.name}-{secrets.token_hex(4)}")
     directory.rename(trash)
     sync_directory(trash.parent)
-    shutil.rmtree(trash)
+    _delete(trash)
 
 
 def sync_directory(directory: Path) -> None:
@@ -152,6 +157,14 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _delete(path: Path, *, ignore_errors: bool = False) -> None:
+    """Deletes a directory, or a link to one but not what it links to; that there is none is no error."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def _create(path: Path, parts: Parts) -> int:

@@ -126,6 +126,7 @@ class Job:
         root: Directory that holds the steps of an Orbax root (`target`'s parent), made if missing.
         slot: Number of the slot with the snapshot.
         plan: Number of the plan that describes the slot.
+        tag: Tells the temporary names of this job from all others', so that a second attempt finds what the first left.
         keep: How many of the newest steps of `root` stay; `None` keeps all.
         replace_all: Every other step of `root` goes once this one is durable.
         manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
@@ -139,6 +140,7 @@ class Job:
     root: str
     slot: int
     plan: int
+    tag: str
     keep: int | None = None
     replace_all: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)  # JSON

@@ -75,11 +75,11 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             number = message["slot"]
             if local_slots is None:
                 holdings.slots[number] = _map_slot(message["fd"], message["bytes"])
-            else:
+            elif number in local_slots:  # else it has been dropped again
                 holdings.slots[number] = local_slots[number].buffer
         case "drop_slot":
-            buffer = holdings.slots.pop(message["slot"])
-            if local_slots is None:
+            buffer = holdings.slots.pop(message["slot"], None)
+            if local_slots is None and buffer is not None:
                 buffer.close()
         case "add_plan":
             holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
@@ -143,7 +143,7 @@ def write_checkpoint(job: Job, prepared: orbax_directory.PreparedDirectory, slot
     if not Path(job.base).is_dir():
         raise FileNotFoundError(errno.ENOENT, "the directory to save into has vanished", job.base)
     commit.make_root(root)
-    with commit.StagedDirectory(target) as staged, memoryview(slot) as view:
+    with commit.StagedDirectory(target, tag=job.tag) as staged, memoryview(slot) as view:
         files = orbax_directory.data_files(prepared, view, step=job.step, target=job.target, now_ns=time.time_ns())
         sizes = staged.write(files, io_threads=_IO_THREADS)
         del files  # they refer to the slot
