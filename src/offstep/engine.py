@@ -90,7 +90,8 @@ class PendingSave:
     def __init__(self, engine: Engine, stats: SaveStats, note: str) -> None:
         self.note = note
         self._engine = engine
-        self._stats = stats
+        self._stats = stats  # replaced under self._lock
+        self._lock = threading.Lock()
         self._submitted = threading.Event()
         self._done = threading.Event()
         self._error: SaveFailed | None = None
@@ -113,6 +114,10 @@ class PendingSave:
     def stats(self) -> SaveStats:
         """What it has cost so far."""
         return self._stats
+
+    def _note(self, **changes: Any) -> None:  # fields of SaveStats
+        with self._lock:
+            self._stats = replace(self._stats, **changes)
 
     def done(self) -> bool:
         """Returns whether it is durable or has failed, as far as reports have been taken in."""
@@ -167,6 +172,7 @@ class Engine:
         self._opened: _Opened | None = None
         self._pending: dict[int, PendingSave] = {}  # by job number; written by the saving thread, emptied by any
         self._failures: deque[SaveFailed] = deque()
+        self._remarks: deque[str] = deque()  # what is worth a warning, but no failure
         self._recent: deque[PendingSave] = deque(maxlen=_KEPT_STATS)
         self.counts = Counts()
 
@@ -280,7 +286,7 @@ class Engine:
             del self._pending[number]
             opened.pool.release(slot)
             raise
-        pending._stats = replace(pending._stats, call_seconds=time.monotonic() - started)
+        pending._note(call_seconds=time.monotonic() - started)
         self._recent.append(pending)
         return pending
 
@@ -315,7 +321,7 @@ class Engine:
     def _submit(self, work: _Work) -> None:
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
-        work.pending._stats = replace(work.pending._stats, step=step, path=target.shown)
+        work.pending._note(step=step, path=target.shown)
         job = Job(
             number=work.number,
             step=step,
@@ -325,6 +331,7 @@ class Engine:
             root=str(target.root),
             slot=work.slot.number,
             plan=work.opened.plan,
+            tag=work.opened.writer.job_tag(work.number),
             keep=target.keep,
             replace_all=target.replace_all,
             manifest=work.manifest | {"step": step},
@@ -386,12 +393,12 @@ class Engine:
         error = outcome.get("error")
         if error is None:
             seconds = outcome["durable_at"] - work.started
-            pending._stats = replace(pending._stats, durable_seconds=seconds, cpu_seconds=outcome["cpu_seconds"])
+            pending._note(durable_seconds=seconds, cpu_seconds=outcome["cpu_seconds"])
             self.counts.durable += 1
             if "remark" in outcome:
-                warnings.warn(outcome["remark"], RuntimeWarning, stacklevel=2)
+                self._remarks.append(outcome["remark"])
         else:
-            pending._stats = replace(pending._stats, error=error)
+            pending._note(error=error)
             self.counts.failed += 1
             pending._error = _failure(pending, outcome)
             self._failures.append(pending._error)
@@ -401,6 +408,8 @@ class Engine:
             self._on_durable(pending)
 
     def _pass_on_failures(self) -> None:
+        while self._remarks:
+            warnings.warn(self._remarks.popleft(), RuntimeWarning, stacklevel=3)
         while self._failures:
             failure = self._failures.popleft()
             if self._options.on_error == "raise":

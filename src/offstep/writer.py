@@ -6,9 +6,9 @@ slots are still held here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -35,6 +35,7 @@ _START = "import sys; sys.path[:] = {path!r}; from offstep.worker import main; m
 @dataclass
 class _Submitted:
     job: Job
+    message: Message
     on_outcome: Callable[[Outcome], None]
     attempts: int = 1
 
@@ -59,7 +60,8 @@ class Writer:
 
     def __init__(self, *, in_process: bool = False) -> None:
         self.in_process = in_process
-        self._receiving = threading.Lock()  # held while waiting for a report; taken before self._lock
+        self._turn = threading.Condition()
+        self._is_receiving = False  # whether a thread waits for reports; guarded by self._turn
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
         self._handed = _Handed()
         self._channel: Channel | None = None
@@ -67,6 +69,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._next_job = 1
         self._next_plan = 1
+        self._run = secrets.token_hex(4)
 
     @property
     def pid(self) -> int | None:
@@ -83,7 +86,7 @@ class Writer:
         """Makes a slot known to the writer."""
         with self._lock:
             self._handed.slots[slot.number] = slot
-            self._tell(_slot_message(slot), slot.fd)
+            self._tell_slot(slot)
 
     def drop_slot(self, slot: Slot) -> None:
         """Lets the writer forget a slot that no unfinished job uses."""
@@ -120,6 +123,10 @@ class Writer:
             self._next_job += 1
             return number
 
+    def job_tag(self, number: int) -> str:
+        """Returns a text that only this job has, in all runs."""
+        return f"{self._run}-{number}"
+
     def submit(self, job: Job, on_outcome: Callable[[Outcome], None]) -> None:
         """Hands a job over; once this returns it is written even if this process is killed.
 
@@ -127,10 +134,14 @@ class Writer:
             job: What to write; its slot must not be touched until the outcome.
             on_outcome: Called once, by whichever thread collects the outcome.
         """
+        message = {"do": "save", "job": asdict(job)}
+        json.dumps(message)  # what cannot be sent must fail here, before anybody waits for it
         with self._lock:
             self.start()
-            self._handed.jobs[job.number] = _Submitted(job, on_outcome)
-            self._tell(_save_message(job))
+            self._handed.jobs[job.number] = _Submitted(job, message, on_outcome)
+            is_told = self._tell(message)
+        if not is_told:
+            self.collect()  # the writer has died while it had nothing to do: start another one now
 
     def collect(self, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
         """Takes in what the writer has reported, and restarts it if it died with work left.
@@ -140,16 +151,25 @@ class Writer:
             until: Ends the waiting when true.
         """
         deadline = time.monotonic() + timeout_seconds
-        if not self._receiving.acquire(timeout=timeout_seconds):
-            return  # another thread takes the reports in
+        with self._turn:
+            while self._is_receiving:  # another thread takes the reports in, and tells after each
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or until():
+                    return
+                self._turn.wait(remaining)
+            self._is_receiving = True
         try:
-            while self._handed.jobs and self._channel is not None and not until():
-                if not self._take_in(max(0.0, deadline - time.monotonic())):
-                    break
+            while self._handed.jobs and not until() and self._take_in(max(0.0, deadline - time.monotonic())):
+                with self._turn:
+                    self._turn.notify_all()
         finally:
-            self._receiving.release()
+            with self._turn:
+                self._is_receiving = False
+                self._turn.notify_all()
 
     def _take_in(self, timeout_seconds: float) -> bool:
+        """Returns whether there was something within the time."""
+        self.start()  # only if starting another writer has failed before
         assert self._channel is not None
         try:
             message = self._channel.receive(timeout_seconds)
@@ -165,7 +185,7 @@ class Writer:
         """Waits for all jobs, then for the writer to end."""
         while self._handed.jobs:
             self.collect(timeout_seconds=60.0)
-        with self._receiving, self._lock:
+        with self._lock:
             if self._channel is not None:
                 self._channel.close()
                 self._channel = None
@@ -179,15 +199,24 @@ class Writer:
         self._process = None
         self._thread = None
         self._handed = _Handed()
-        self._receiving = threading.Lock()
+        self._turn = threading.Condition()
+        self._is_receiving = False
         self._lock = threading.RLock()
+        self._run = secrets.token_hex(4)
 
-    def _tell(self, message: Message, descriptor: int = -1) -> None:
+    def _tell(self, message: Message, descriptor: int | None = None) -> bool:
         """Sends to a running writer; one that has died is replaced at the next `collect`, and told everything."""
         if self._channel is None:
-            return
-        with contextlib.suppress(OSError):  # `collect` sees the end of the pipe and starts another writer
-            self._channel.send(message, descriptor if descriptor >= 0 else None)
+            return False
+        try:
+            self._channel.send(message, descriptor)
+        except OSError:
+            return False
+        return True
+
+    def _tell_slot(self, slot: Slot) -> None:
+        descriptor = None if self.in_process else slot.fd
+        self._tell({"do": "add_slot", "slot": slot.number, "bytes": slot.size_bytes}, descriptor)
 
     def _tell_plan(self, number: int) -> None:
         # A plan can be larger than the pipe's buffer; through a memfd sending it never blocks.
@@ -205,15 +234,17 @@ class Writer:
         if self.in_process:
             self._start_thread(theirs)
         for slot in self._handed.slots.values():
-            self._tell(_slot_message(slot), slot.fd)
+            self._tell_slot(slot)
         for number in self._handed.plans:
             self._tell_plan(number)
         for submitted in self._handed.jobs.values():
-            self._tell(_save_message(submitted.job))
+            self._tell(submitted.message)
 
     def _start_process(self, theirs: socket.socket) -> None:
         code = _START.format(path=sys.path)
         try:
+            if not sys.executable:
+                raise OSError("the path of the Python interpreter is not known")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -267,14 +298,6 @@ class Writer:
         with self._lock:
             submitted = self._handed.jobs.pop(outcome["job"])
         submitted.on_outcome(outcome)  # without the lock: it may come back to this writer
-
-
-def _slot_message(slot: Slot) -> Message:
-    return {"do": "add_slot", "slot": slot.number, "bytes": slot.size_bytes}
-
-
-def _save_message(job: Job) -> Message:
-    return {"do": "save", "job": asdict(job)}
 
 
 def _spool(text: bytes) -> int:
