@@ -13,6 +13,7 @@
 #include "copy.h"
 #include "cpu.h"
 #include "crc32c.h"
+#include "exit.h"
 #include "io.h"
 #include "pool.h"
 
@@ -244,6 +245,13 @@ static PyObject *native_rename_exchange(PyObject *module, PyObject *args)
     return result;
 }
 
+static PyObject *native_fail_exit(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    fail_exit();
+    Py_RETURN_NONE;
+}
+
 static PyObject *native_cpu_features(PyObject *module, PyObject *unused)
 {
     char text[64];
@@ -265,6 +273,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("write_at(fd, data, offset, block_bytes, threads)\n--\n\nWrites all of data at offset of fd.")},
     {"rename_exchange", native_rename_exchange, METH_VARARGS,
      PyDoc_STR("rename_exchange(first, second, /)\n--\n\nSwaps two paths atomically.")},
+    {"fail_exit", native_fail_exit, METH_NOARGS,
+     PyDoc_STR("fail_exit()\n--\n\nMakes this process end with status 1 where it would end with 0.")},
     {"cpu_features", native_cpu_features, METH_NOARGS,
      PyDoc_STR("cpu_features()\n--\n\nNames the instruction sets that are used here.")},
     {NULL, NULL, 0, NULL},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -254,6 +255,12 @@ class SlotPool:
         self._toucher.join()
         for slot in free:
             slot.close()
+
+    def abandon(self) -> None:
+        """In a forked child: unmaps the slots, which are the parent's, and closes the child's descriptors."""
+        for slot in self._slots:
+            with contextlib.suppress(BufferError):  # a thread of the parent was copying into it
+                slot.close()
 
     def _prefault(self) -> None:
         for slot in reversed(self._slots):

@@ -5,6 +5,9 @@ The training thread calls it. It knows arrays and targets, not Keras.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import threading
 import time
 import warnings
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from offstep import writer
+from offstep import _native, writer
 from offstep.buffers import Slot, SlotPool, make_plan
 from offstep.errors import SaveFailed, SaveTimeout, WriterDied
 from offstep.formats import orbax_directory
@@ -215,6 +218,7 @@ class Engine:
             borrowed.add_slot(slot)
         number = borrowed.add_plan(plan, documents)
         fetcher = ThreadPoolExecutor(1, "offstep-fetch") if snapshotter.mode == "device_copy" else None
+        _unfinished[self] = None
         self._opened = _Opened(borrowed, number, snapshotter, pool, fetcher)
 
     def close(self) -> None:
@@ -230,6 +234,32 @@ class Engine:
         opened.writer.drop_plan(opened.plan)
         opened.pool.close()
         writer.return_shared(in_process=self._options.in_process)
+        self._retire_if_finished()
+
+    def _retire_if_finished(self) -> None:
+        if self._opened is None and not self._failures:
+            _unfinished.pop(self, None)
+
+    def describe_unfinished(self) -> str:
+        """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
+        fate = (
+            "are lost" if self._opened is None or self._opened.writer.in_process else "are left to the writer process"
+        )
+        return f"interrupted at exit; {len(self._pending)} saves that were not durable yet {fate}"
+
+    def take_failures(self) -> list[SaveFailed]:
+        """Returns the failures that nobody has been told of, and forgets them."""
+        failures = list(self._failures)
+        self._failures.clear()
+        return failures
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: gives up the parent's slots; the next `matches` asks for slots of the child's own."""
+        opened, self._opened = self._opened, None
+        self._pending.clear()
+        self._failures.clear()
+        if opened is not None:
+            opened.pool.abandon()
 
     # -------------------------------------------------------------------------------------------------- saving
 
@@ -412,6 +442,7 @@ class Engine:
             warnings.warn(self._remarks.popleft(), RuntimeWarning, stacklevel=3)
         while self._failures:
             failure = self._failures.popleft()
+            self._retire_if_finished()
             if self._options.on_error == "raise":
                 raise failure
             warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
@@ -437,6 +468,36 @@ class _Work:
         layout = self.opened.snapshotter.plan.leaves[self.step_leaf]
         count = self.slot.buffer[layout.offset : layout.offset + layout.chunk_bytes]
         return int.from_bytes(count, "little") // self.step_divisor
+
+
+_unfinished: dict[Engine, None] = {}
+"""Engines that are open, or have failures that nobody has been told of; a dict, so that they keep their order."""
+
+
+def _finish_at_exit() -> None:
+    """Waits for all that was submitted; failures that nobody has been told of are printed and fail the exit."""
+    problems: list[str] = []
+    try:
+        for engine in list(_unfinished):
+            engine.close()
+    except KeyboardInterrupt:
+        problems += [engine.describe_unfinished() for engine in _unfinished]
+    problems += [str(failure) for engine in _unfinished for failure in engine.take_failures()]
+    for problem in problems:
+        print(f"offstep: {problem}", file=sys.stderr)
+    if problems:
+        _native.fail_exit()
+
+
+def _forget_after_fork() -> None:
+    for engine in _unfinished:
+        engine.forget_after_fork()
+    _unfinished.clear()
+
+
+# JAX, imported above, has its own handler already; this one runs before it.
+atexit.register(_finish_at_exit)
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _failure(pending: PendingSave, outcome: writer.Outcome) -> SaveFailed:

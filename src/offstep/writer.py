@@ -334,12 +334,6 @@ def return_shared(*, in_process: bool = False) -> None:
             _shared[in_process].close()
 
 
-def close_shared() -> None:
-    """Waits for everything that was submitted in this process, and ends its writers."""
-    for shared in _shared.values():
-        shared.close()
-
-
 def _forget_after_fork() -> None:
     global _users_lock  # noqa: PLW0603  the parent's may be held by a thread that this process does not have
     _users_lock = threading.RLock()
