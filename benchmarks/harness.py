@@ -48,6 +48,7 @@ class Options:
         equalise: Peers that are not durable are made so with fsync.
         barrier: Wait for the state before every save.
         pss: Memory by proportional set size: exact where processes share pages, but it disturbs who is measured.
+        cache_compilation: Programs that XLA compiled are kept on disk for the next runs.
         timeout_seconds: A run that takes longer has failed.
         say: Where progress goes.
     """
@@ -57,6 +58,7 @@ class Options:
     equalise: bool = False
     barrier: bool = True
     pss: bool = False
+    cache_compilation: bool = False
     timeout_seconds: float = 600.0
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
@@ -124,7 +126,7 @@ def run_once(workload: Workload, peer: Peer, seed: int, options: Options) -> dic
             equalise=options.equalise and peer.finished == "name",
             read_memory=read_pss_bytes if options.pss else read_memory_bytes,
         ) as watcher:
-            _run_process(spec, answer, watcher, options.timeout_seconds)
+            _run_process(spec, answer, watcher, options)
         result = json.loads(answer.read_text())
     watcher.annotate(result)
     result["equalised"] = options.equalise
@@ -132,22 +134,24 @@ def run_once(workload: Workload, peer: Peer, seed: int, options: Options) -> dic
     return result
 
 
-def _run_process(spec: RunSpec, answer: Path, watcher: Watcher, timeout_seconds: float) -> None:
+def _run_process(spec: RunSpec, answer: Path, watcher: Watcher, options: Options) -> None:
     environment = {**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if options.cache_compilation:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(options.directory / "xla")
     command = [sys.executable, str(HERE / "measure.py"), spec.to_json(), str(answer)]
     log = answer.with_suffix(".log")
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         watcher.pid = process.pid
         try:
-            status = process.wait(timeout_seconds)
+            status = process.wait(options.timeout_seconds)
         except subprocess.TimeoutExpired:
             status = None
         finally:
             process.kill()
             process.wait()
     if status != 0:
-        reason = f"no end after {timeout_seconds:.0f} s" if status is None else f"exit status {status}"
+        reason = f"no end after {options.timeout_seconds:.0f} s" if status is None else f"exit status {status}"
         raise RunFailedError(f"{reason}: {log.read_text(errors='replace')[-2000:]}")
 
 

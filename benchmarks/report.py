@@ -210,6 +210,11 @@ def _durable_text(row: Row, *, spread_too: bool) -> str:
     return "-" if PEERS[row.peer].finished == "never" else "not durable"
 
 
+BOUNDS = {
+    "copy_seconds": "memory copy, warm",
+    "cold_copy_seconds": "memory copy, caches emptied before",
+    "write_seconds": "direct write with fsync",
+}
 COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "p50": ("t_call p50\nms", lambda row: f"{1e3 * row.call_p50:.2f}"),
     "p99": ("p99\nms", lambda row: f"{1e3 * row.call_p99:.2f}"),
@@ -247,9 +252,9 @@ def print_rows(console: Console, runs: Runs, rows: Sequence[Row], columns: Seque
         f"saved every {workload.save_freq} steps, {workload.saves} saves a run)"
     )
     console.print(_rows_table(rows, columns))
-    for kind, name in (("copy_seconds", "warm memory copy"), ("write_seconds", "direct write with fsync")):
+    for kind, name in BOUNDS.items():
         rate = first["state_bytes"] / bounds[kind] / 1e9
-        console.print(f"bound: {name} of the same bytes {1e3 * bounds[kind]:.2f} ms ({rate:.1f} GB/s)")
+        console.print(f"bound: {name}: {1e3 * bounds[kind]:.2f} ms ({rate:.1f} GB/s)")
     print_ratios(console, rows)
     for peer, text in runs.failures.items():
         console.print(f"[red]{PEERS[peer].label} failed:[/red] {text.strip().splitlines()[-1]}", markup=True)
@@ -293,7 +298,8 @@ def compare(ours: Row, other: Row) -> dict[str, float]:
     done = other.durable_seconds or other.finished_seconds
     if done and ours.durable_seconds:
         pairs["durable"] = (done.median, ours.durable_seconds.median)
-    return {name: theirs / mine for name, (theirs, mine) in pairs.items() if mine > 0}
+    # A difference that noise made zero or negative has no ratio.
+    return {name: theirs / mine for name, (theirs, mine) in pairs.items() if mine > 0 and theirs > 0}
 
 
 def describe_machine(directory: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def at_frequency(workload: Workload, save_freq: int, saved_steps: int = 20) -> W
 def small_leaves(leaves: int, width: int = 32) -> Workload:
     """Returns a workload of about `leaves` equally small arrays of state."""
     layers = max(1, round((leaves - 2) / 6))
-    freq = max(20, min(100, 40_000 // leaves))
+    freq = max(40, min(1_000, 200_000 // leaves))
     return Workload(f"{leaves} leaves", f"{leaves:,} small arrays", layers, width, 8, freq, saves=5, bundled=True)
 
 
