@@ -7,6 +7,7 @@ every file and of every directory, rename, fsync of the parent. Nothing is durab
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import secrets
@@ -99,7 +100,8 @@ class StagedDirectory:
         """Writes new files and returns their sizes in bytes.
 
         Args:
-            files: Relative POSIX path → parts. A first part of at least 1 MiB and whole pages bypasses the page cache.
+            files: Relative POSIX path → parts. A first part that is a whole memory map, of at least 1 MiB and whole
+                pages, bypasses the page cache.
             io_threads: Writes in flight for such parts.
 
         Raises:
@@ -189,7 +191,12 @@ def _create(path: Path, parts: Parts) -> int:
 
 
 def _is_large(parts: Parts) -> bool:
-    return bool(parts) and len(parts[0]) >= _DIRECT_FROM_BYTES and len(parts[0]) % _ALIGNMENT == 0
+    """Returns whether the first part can be written with O_DIRECT, which wants page-aligned memory."""
+    view = parts[0] if parts else b""
+    if not isinstance(view, memoryview) or not isinstance(view.obj, mmap.mmap):
+        return False
+    size_bytes = view.nbytes
+    return size_bytes == len(view.obj) and size_bytes >= _DIRECT_FROM_BYTES and size_bytes % _ALIGNMENT == 0
 
 
 def _write_parts(descriptor: int, parts: Parts, io_threads: int) -> int:
@@ -198,11 +205,23 @@ def _write_parts(descriptor: int, parts: Parts, io_threads: int) -> int:
     if not _is_large(parts):
         _native.write_at(descriptor, b"".join(parts), 0, _BLOCK_BYTES, 1)
         return size
+    try:
+        _write_large(descriptor, parts, io_threads)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A file system with larger blocks than ours, or a short write: through the page cache then.
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+        _write_large(descriptor, parts, io_threads)
+    return size
+
+
+def _write_large(descriptor: int, parts: Parts, io_threads: int) -> None:
     body, *rest = parts
     _native.write_at(descriptor, body, 0, _BLOCK_BYTES, io_threads)
-    if rest:
-        _write_tail(descriptor, b"".join(rest), len(body))
-    return size
+    tail = b"".join(rest)
+    if tail:
+        _write_tail(descriptor, tail, len(body))
 
 
 def _write_tail(descriptor: int, tail: bytes, offset: int) -> None:
