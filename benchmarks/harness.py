@@ -28,7 +28,7 @@ import psutil
 from bounds import measure_bounds
 from equalise import fsync_tree
 from measure import RunSpec
-from peers import PEERS, Peer
+from peers import BASELINE, PEERS, Peer
 from workloads import Workload
 
 HERE = Path(__file__).parent
@@ -83,6 +83,9 @@ class Runs:
 def run_alternating(workload: Workload, peers: list[Peer], options: Options) -> Runs:
     """Runs every peer `options.repeats` times, in rotated order, with the bounds in between."""
     runs = Runs(workload, {peer.name: [] for peer in peers})
+    if options.cache_compilation:
+        # Not counted: whoever compiled would have compiled in its memory, and everybody else not.
+        run_once(workload, PEERS[BASELINE], 0, options)
     for repeat in range(options.repeats):
         shift = repeat * len(peers) // options.repeats
         for peer in [*peers[shift:], *peers[:shift]]:
