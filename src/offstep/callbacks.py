@@ -104,6 +104,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._state: keras_state.KerasState | None = None
         self._signature: object = None
         self._steps = _StepCounter()
+        self._is_in_fit = False
+        self._as_trained = False
         self._dispatch = _Dispatch()
         self._told: set[str] = set()
 
@@ -135,6 +137,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks the target, lays out the slots and starts the writer."""
         self._dispatch.begin_training()
+        self._is_in_fit = False
         self._base = _constant_parent(self._root_template)
         commit.probe_directory(self._base)
         self._open()
@@ -149,7 +152,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         """Does what was due after the batch before, while its state still exists."""
         self._catch_up()
-        self._dispatch.begin_batch(batch + self._steps_per_execution - 1)
+        self._dispatch.begin_batch(batch + self._steps_per_execution - 1, keras_state.last_step_id(self._model))
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Saves if due; on a thread of Keras's pool it only notes the logs."""
@@ -157,16 +160,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._dispatch.end_batch()
             self._after_batch(batch, logs)
         else:
+            self._is_in_fit = self._is_in_fit or keras_state.is_detached(self._model)
             self._dispatch.note(batch, dict(logs or {}))
 
     def on_test_begin(self, logs: Logs | None = None) -> None:
         """Saves what is due after the last batch of an epoch, before validation resets the metrics."""
-        if self._dispatch.is_certain(self.params):
+        if self._has_ended():
             self._catch_up()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves if due."""
-        if self._dispatch.is_noted():
+        if self._has_ended():
             self._catch_up()
         self._dispatch.end_batch()
         super().on_epoch_end(epoch, logs)
@@ -177,10 +181,20 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._engine.close()
         self._engine.raise_failures()
 
+    def _has_ended(self) -> bool:
+        return self._dispatch.has_ended(keras_state.last_step_id(self._model))
+
     def _catch_up(self) -> None:
         batch = self._dispatch.end_batch()
-        if batch is not None:
+        if batch is None:
+            return
+        # In `fit`, hooks of other callbacks may have changed the model since the batch ended; a loop driven by hand
+        # may change it before it says that the batch has ended.
+        self._as_trained = self._is_in_fit
+        try:
             self._after_batch(batch, None)
+        finally:
+            self._as_trained = False
 
     def _after_batch(self, batch: int, logs: Logs | None) -> None:
         self._engine.poll()
@@ -255,13 +269,16 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
 
     def _live_arrays(self) -> list[Any]:
-        arrays, signature = keras_state.live_state(self._model, weights_only=self.save_weights_only)
+        arrays, signature = self._read_state()
         if signature != self._signature or not self._engine.matches(arrays):
             self._open()
         return arrays
 
+    def _read_state(self) -> tuple[list[Any], object]:
+        return keras_state.live_state(self._model, weights_only=self.save_weights_only, as_trained=self._as_trained)
+
     def _open(self) -> None:
-        arrays, self._signature = keras_state.live_state(self._model, weights_only=self.save_weights_only)
+        arrays, self._signature = self._read_state()
         state = keras_state.describe_state(self._model, weights_only=self.save_weights_only)
         for note in state.notes:
             self._tell_once(note)
@@ -322,7 +339,8 @@ class _Dispatch:
     def __init__(self) -> None:
         self._thread: int | None = None
         self._open_batch: int | None = None  # ended or about to end, and not yet attended to; training thread only
-        self._notes: dict[int, Logs] = {}  # guarded by self._noted
+        self._step_before: int | None = None
+        self._notes: dict[int, Logs] = {}  # of the open batch and later ones; guarded by self._noted
         self._noted = threading.Condition()
 
     def begin_training(self) -> None:
@@ -336,27 +354,29 @@ class _Dispatch:
     def is_training_thread(self) -> bool:
         return self._thread is None or threading.get_ident() == self._thread
 
-    def begin_batch(self, last_batch: int) -> None:
-        self._open_batch = last_batch
+    def begin_batch(self, last_batch: int, last_step_id: int | None) -> None:
+        self._open_batch, self._step_before = last_batch, last_step_id
+        with self._noted:
+            self._notes = {batch: logs for batch, logs in self._notes.items() if batch >= last_batch}
 
     def end_batch(self) -> int | None:
         """Returns the batch that has to be attended to, and forgets it."""
         batch, self._open_batch = self._open_batch, None
         return batch
 
-    def is_noted(self) -> bool:
-        """Returns whether the open batch has really ended; Keras also begins one that then finds no data."""
-        with self._noted:
+    def has_ended(self, last_step_id: int | None) -> bool:
+        """Returns whether there is an open batch that has really ended: Keras also begins one that finds no data."""
+        if self._open_batch is None:
+            return False
+        if last_step_id is not None and last_step_id != self._step_before:
+            return True
+        with self._noted:  # complete at the end of an epoch only: until then Keras's pool may still be telling
             return self._open_batch in self._notes
 
-    def is_certain(self, params: Mapping[str, Any] | None) -> bool:
-        """Returns whether the open batch has ended, as far as is known while Keras's pool may still be telling."""
-        return self.is_noted() or (params or {}).get("steps") is not None
-
     def note(self, batch: int, logs: Logs) -> None:
-        """Runs on a thread of Keras's pool."""
+        """Runs on threads of Keras's pool, which may overtake each other."""
         with self._noted:
-            self._notes = {batch: logs}
+            self._notes[batch] = logs
             self._noted.notify_all()
 
     def wait_for_logs(self, batch: int) -> Logs:

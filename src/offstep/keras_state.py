@@ -90,9 +90,12 @@ def state_signature(model: Model, weights_only: bool = False) -> object:
     return live_state(model, weights_only=weights_only)[1]
 
 
-def live_state(model: Model, *, weights_only: bool = False) -> tuple[list[jax.Array], object]:
-    """Returns `live_arrays` and `state_signature` for the price of one."""
-    groups = _live_groups(model, _saved_groups(weights_only))
+def live_state(model: Model, *, weights_only: bool = False, as_trained: bool = False) -> tuple[list[jax.Array], object]:
+    """Returns `live_arrays` and `state_signature` for the price of one.
+
+    With `as_trained`, what other callbacks did to the model since the last training step of `fit` is left out.
+    """
+    groups = _live_groups(model, _saved_groups(weights_only), as_trained)
     # `compile` makes a new loss tracker; with it, the other metrics and their names may be new too.
     compiled = getattr(model, "_loss_tracker", None) or getattr(model, "train_function", None)
     owners = (getattr(model, "optimizer", None), compiled)
@@ -106,14 +109,38 @@ def _saved_groups(weights_only: bool) -> tuple[str, ...]:
     return WEIGHT_GROUPS if weights_only else GROUPS
 
 
-def _live_groups(model: Model, groups: Sequence[str]) -> list[list[jax.Array]]:
+def is_detached(model: Model) -> bool:
+    """Returns whether the state is outside of the model's variables, as it is between two steps of `fit`."""
+    return not getattr(model, "_jax_state_synced", True) and bool(getattr(model, "_jax_state", None))
+
+
+def last_step_id(model: Model) -> int | None:
+    """Returns what differs before and after a training step; `None` when this Keras does not tell."""
+    state = getattr(model, "_jax_state", None)
+    return None if state is None else id(state)  # the next one is made while this one still exists
+
+
+def read_iterations(model: Model, *, as_trained: bool = False) -> int | None:
+    """Returns the optimizer's counter of batches; waits until the step that makes it is computed."""
+    counter = _find_counter(model)
+    variables = list_variables(model, GROUPS[2])
+    index = next((i for i, v in enumerate(variables) if v is counter), None)
+    return None if index is None else int(_live_groups(model, (GROUPS[2],), as_trained)[0][index])
+
+
+def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) -> list[list[jax.Array]]:
     # Within `fit` Keras takes the values out of the variables, and keeps them in `_jax_state` between two steps.
     detached: Mapping[str, list[jax.Array]] = {}
     if not hasattr(model, "_jax_state"):
         _attach_values(model)
-    elif not getattr(model, "_jax_state_synced", True):
+    elif as_trained or is_detached(model):
         detached = model._jax_state or {}
-    return [detached[group] if group in detached else _values(list_variables(model, group)) for group in groups]
+    variables = [list_variables(model, group) for group in groups]
+    if as_trained and [len(group) for group in variables] != [len(detached.get(group, ())) for group in groups]:
+        detached = {}  # compiled or frozen anew since then
+    return [
+        detached[group] if group in detached else _values(own) for group, own in zip(groups, variables, strict=True)
+    ]
 
 
 def _attach_values(model: Model) -> None:
@@ -181,12 +208,16 @@ def _find_empty_nodes(paths: Iterable[StatePath], groups: Iterable[str]) -> tupl
 
 
 def _find_iteration(model: Model, live: Sequence[VariableRecord]) -> int | None:
+    counter = _find_counter(model)
+    return next((i for i, v in enumerate(live) if v.key == id(counter)), None)
+
+
+def _find_counter(model: Model) -> Variable | None:
     # `optimizer.iterations` may be computed (gradient accumulation), so look for the variable behind it.
     optimizer = getattr(model, "optimizer", None)
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer  # type: ignore[union-attr]  # hasattr does not narrow
-    counters = [id(v) for v in getattr(optimizer, "variables", ()) if v.name == "iteration"]
-    return next((i for i, v in enumerate(live) if v.key in counters[:1]), None)
+    return next((v for v in getattr(optimizer, "variables", ()) if v.name == "iteration"), None)
 
 
 def _choose_paths(
