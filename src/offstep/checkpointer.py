@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,25 +77,25 @@ class Checkpointer:
         Args:
             step: Training step, not negative.
             tree: Arrays of numbers in dicts, lists, tuples or dataclasses.
-            metrics: Kept with the checkpoint in `offstep.json`.
+            metrics: Numbers to keep with the checkpoint in `offstep.json`; one on a device is waited for.
 
         Returns:
             The pending save; `None` when it was skipped (`on_busy="skip"`).
 
         Raises:
+            ValueError: the step is no integer or negative, or a metric is no number.
             SaveFailed: an earlier save failed.
             UnsupportedLeaf: a leaf is not an array of numbers.
             BudgetExceeded: a snapshot does not fit into the memory budget.
         """
-        if step < 0:
-            raise ValueError(f"step must not be negative. Received: {step!r}")
+        step, numbers = _check_step(step), _check_metrics(metrics or {})
         self._engine.poll()
         arrays, treedef = jax.tree_util.tree_flatten(tree)
         if self._treedef is None or treedef != self._treedef or not self._engine.matches(arrays):
             self._open(tree, arrays)
             self._treedef = treedef
         target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
-        return self._engine.save(arrays, step, lambda _: target, manifest={"metrics": metrics or {}})
+        return self._engine.save(arrays, step, lambda _: target, manifest={"metrics": numbers})
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until everything saved so far is durable.
@@ -133,7 +134,7 @@ class Checkpointer:
         step = step if step is not None else (steps[-1] if steps else None)
         if step not in steps:
             raise CheckpointNotFound(f"{self.directory} holds no step {step}; it has {steps or 'none'}")
-        return ocp.load_pytree(self.directory / str(step), like)
+        return ocp.load(self.directory / str(step), like, checkpointable_name="pytree")
 
     @property
     def stats(self) -> list[SaveStats]:
@@ -170,6 +171,23 @@ def check_max_to_keep(max_to_keep: int | None) -> None:
     """Raises a `ValueError` unless `max_to_keep` is `None` or at least 1."""
     if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
         raise ValueError(f"max_to_keep must be None or an integer of at least 1. Received: {max_to_keep!r}")
+
+
+def _check_step(step: int) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"step must be an integer that is not negative. Received: {step!r}")
+    return number
+
+
+def _check_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"metrics must be a dict of numbers. Received: {metrics!r}") from None
 
 
 def _path_keys(path: Sequence[Any]) -> tuple[PathKey, ...]:  # of jax.tree_util's key types

@@ -59,7 +59,8 @@ class Writer:
     """
 
     def __init__(self, *, in_process: bool = False) -> None:
-        self.in_process = in_process
+        self._wants_thread = in_process
+        self.in_process = in_process  # also when no process could be started
         self._turn = threading.Condition()
         self._is_receiving = False  # whether a thread waits for reports; guarded by self._turn
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
@@ -229,6 +230,7 @@ class Writer:
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
+        self.in_process = self._wants_thread
         if not self.in_process:
             self._start_process(theirs)
         if self.in_process:

@@ -1,0 +1,45 @@
+"""Writer processes found from outside, and processes waited for without polling their work."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
+
+PATIENCE_SECONDS = 60.0
+
+
+def find_writers(trainer: int | None = None) -> list[psutil.Process]:
+    """Returns the running writer processes of a trainer, by default of this process."""
+    writers = []
+    for child in psutil.Process(trainer).children():
+        with suppress(psutil.NoSuchProcess):
+            if any("offstep.worker" in text for text in child.cmdline()):
+                writers.append(child)
+    return writers
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Waits, busily, for what sends no event."""
+    import time
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to be"
+
+
+def wait_for_end(pid: int) -> None:
+    """Waits until a process that need not be a child of this one has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(PATIENCE_SECONDS * 1000), f"process {pid} does not end"
+    finally:
+        os.close(descriptor)
