@@ -37,6 +37,8 @@ def describe_leaf(path: tuple[PathKey, ...], array: Array) -> Leaf:
     Raises:
         UnsupportedLeaf: it is not an array of numbers, or not all of it can be reached from this process.
     """
+    if isinstance(array, jax.core.Tracer):
+        raise UnsupportedLeaf(f"{'.'.join(map(str, path))}: it is being traced; save outside of jitted functions.")
     if not isinstance(array, jax.Array):
         return _describe_host_leaf(path, array)
     prng_impl = None
@@ -92,7 +94,10 @@ class Snapshotter:
         self._shardings = [getattr(array, "sharding", None) for array in arrays]
         self._shards = [_distinct_shards(layout.leaf, array) for layout, array in zip(plan.leaves, arrays, strict=True)]
         self._has_pointers = [_can_be_pointed_at(array) for array in arrays]
-        self._device_groups = _group_by_devices(arrays)
+        self._device_copies = [
+            (indices, jax.jit(_copy_all, out_shardings=[self._shardings[index] for index in indices]))
+            for indices in _group_by_devices(arrays)
+        ]
         self._host_dtypes = [_native_dtype(layout.leaf) for layout in plan.leaves]
         self._is_plain = all(self._has_pointers) and all(shards is _SINGLE_SHARD for shards in self._shards)
 
@@ -132,9 +137,9 @@ class Snapshotter:
             None if isinstance(array, jax.Array) else np.array(array, dtype)
             for array, dtype in zip(arrays, self._host_dtypes, strict=True)
         ]
-        for indices in self._device_groups:
+        for indices, copy_group in self._device_copies:
             try:
-                copied = _device_copy([arrays[index] for index in indices])
+                copied = copy_group([arrays[index] for index in indices])
             except (RuntimeError, ValueError) as error:
                 raise _unreadable(error) from error
             for index, copy in zip(indices, copied, strict=True):
@@ -184,8 +189,7 @@ def choose_mode(arrays: Sequence[Array]) -> Mode:
     return "host" if platforms <= {"cpu"} else "device_copy"
 
 
-@jax.jit
-def _device_copy(arrays: list[Array]) -> list[Array]:
+def _copy_all(arrays: list[Array]) -> list[Array]:
     # A plain identity would be forwarded by jit, without a copy.
     return [jnp.copy(array) for array in arrays]
 
@@ -199,12 +203,21 @@ def _dtype(array: Array) -> object:
 
 
 def _group_by_devices(arrays: Sequence[Array]) -> list[list[int]]:
-    """Returns the indices of the JAX arrays, those on the same devices together: one jitted call takes no others."""
-    groups: dict[frozenset[jax.Device], list[int]] = {}
+    """Returns the indices of the JAX arrays, those on the same devices together: one jitted call takes no others.
+
+    It also wants the devices in one order, and meshes may differ in theirs.
+    """
+    groups: dict[object, list[int]] = {}
     for index, array in enumerate(arrays):
         if isinstance(array, jax.Array):
-            groups.setdefault(frozenset(array.sharding.device_set), []).append(index)
+            groups.setdefault(_devices_in_order(array.sharding), []).append(index)
     return list(groups.values())
+
+
+def _devices_in_order(sharding: jax.sharding.Sharding) -> object:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return frozenset(sharding.device_set)
 
 
 def _can_be_pointed_at(array: Array) -> bool:
