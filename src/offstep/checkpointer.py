@@ -162,9 +162,14 @@ class Checkpointer:
         self.close()
 
     def _open(self, tree: Tree, arrays: Sequence[Any]) -> None:
+        empty_nodes = _empty_nodes(tree)
+        if not arrays:
+            raise UnsupportedLeaf(f"the tree holds no array. Received: {tree!r}")
         paths = [_path_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        if () in paths:
+            raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
-        self._engine.open(leaves, arrays, empty_nodes=_empty_nodes(tree))
+        self._engine.open(leaves, arrays, empty_nodes=empty_nodes)
 
 
 def check_max_to_keep(max_to_keep: int | None) -> None:
@@ -215,7 +220,7 @@ def _empty_nodes(tree: Tree) -> list[tuple[tuple[PathKey, ...], str]]:
 def _empty_kind(node: Tree, path: Sequence[Any]) -> str:
     if not path:
         raise UnsupportedLeaf(f"the tree is empty. Received: {node!r}")
-    if node is None:
+    if node is None or hasattr(node, "_fields"):  # Orbax does not tell an empty named tuple from nothing
         return "None"
     if isinstance(node, dict):
         return "Dict"

@@ -29,6 +29,7 @@ OnBusy = Literal["wait", "skip"]
 OnError = Literal["raise", "warn"]
 
 _KEPT_STATS = 100_000
+_MOST_COPY_THREADS = 256  # that the native module takes
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class Options:
         _check(self.on_busy in ("wait", "skip"), "on_busy must be 'wait' or 'skip'", self.on_busy)
         _check(self.on_error in ("raise", "warn"), "on_error must be 'raise' or 'warn'", self.on_error)
         budget = self.memory_budget
-        _check(budget is None or budget > 0, "memory_budget must be a positive number of bytes", budget)
-        _check(self.copy_threads >= 1, "copy_threads must be at least 1", self.copy_threads)
+        is_budget = budget is None or (isinstance(budget, (int, float)) and budget > 0)
+        _check(is_budget, "memory_budget must be a positive number of bytes", budget)
+        threads = self.copy_threads
+        is_count = isinstance(threads, int) and 1 <= threads <= _MOST_COPY_THREADS
+        _check(is_count, f"copy_threads must be an integer from 1 to {_MOST_COPY_THREADS}", threads)
         modes = (None, "host", "device_copy")
         _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
 

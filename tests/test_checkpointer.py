@@ -1,0 +1,506 @@
+"""The engine's face for any JAX pytree: what it saves, restores, keeps, skips, and says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from orbax.checkpoint import v1
+from processes import find_writers
+from slots import assert_same
+
+import offstep
+from offstep.checkpointer import Checkpointer
+from offstep.errors import BudgetExceeded, CheckpointNotFound, SaveFailed, SaveTimeout, UnsupportedLeaf
+
+
+class Moments(NamedTuple):
+    """As optax has them."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+class Empty(NamedTuple):
+    """As `optax.EmptyState`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+def tree(step: int = 1) -> dict[str, Any]:
+    return {"w": jnp.full((4, 3), step, jnp.float32), "b": jnp.full((3,), step, jnp.bfloat16)}
+
+
+@contextmanager
+def stopped_writer() -> Iterator[None]:
+    """A disk that does not answer, for as long as the block lasts."""
+    [writer] = find_writers()
+    writer.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        writer.send_signal(signal.SIGCONT)
+
+
+# -------------------------------------------------------------------------------------------- saving and restoring
+
+TREES = {
+    "nested dicts": {"a": {"b": {"c": jnp.ones(3)}}, "d": jnp.zeros(2)},
+    "lists": {"layers": [jnp.ones(1), jnp.ones(2), [jnp.ones(3)]]},
+    "tuples": {"pair": (jnp.ones(1), jnp.ones(2))},
+    "a list at the root": [jnp.ones(1), {"x": jnp.ones(2)}],
+    "a tuple at the root": (jnp.ones(1), jnp.ones(2)),
+    "more than ten in a list": [jnp.full(1, number) for number in range(12)],
+    "empty containers": {"w": jnp.ones(1), "none": None, "dict": {}, "list": [], "tuple": (), "deep": {"x": [{}]}},
+    "a named tuple": {"opt": Moments(jnp.int32(1), {"w": jnp.ones(2)}, {"w": jnp.zeros(2)})},
+    "an optax state": (Moments(jnp.int32(1), jnp.ones(2), jnp.ones(2)), Empty(), (Empty(), jnp.ones(1))),
+    "a dataclass": {"layer": Layer(jnp.ones((2, 2)), jnp.zeros(2))},
+    "integer keys": {"layers": {0: jnp.ones(1), 10: jnp.ones(2), 2: jnp.ones(3)}},
+    "odd names": {"a.b/c": jnp.ones(1), "ü \n'\"": jnp.ones(2), "%41": jnp.ones(3), "c": {"0": jnp.ones(4)}},
+    "one array": {"only": jnp.ones((0 + 1,))},
+}
+all_trees = pytest.mark.parametrize("state", TREES.values(), ids=TREES.keys())
+
+
+@all_trees
+def test_a_tree_comes_back_in_the_structure_that_is_asked_for(tmp_path: Path, state: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state)
+        checkpointer.wait()
+        assert_same(checkpointer.restore(3, state), state)
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        assert_same(checkpointer.restore(like=abstract), state)
+
+
+@all_trees
+def test_a_tree_comes_back_as_orbax_would_have_restored_its_own(tmp_path: Path, state: Any) -> None:
+    with Checkpointer(tmp_path / "ours") as checkpointer:
+        checkpointer.save(3, state)
+        checkpointer.wait()
+        ours = checkpointer.restore(3)
+    v1.save(tmp_path / "theirs", state)
+    theirs = v1.load(tmp_path / "theirs")
+    assert_same(ours, theirs)
+
+
+@all_trees
+def test_stock_orbax_of_the_older_interface_restores_a_tree(tmp_path: Path, state: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    with ocp.StandardCheckpointer() as standard:
+        assert_same(standard.restore(tmp_path / "3/pytree", abstract), state)
+    with ocp.CheckpointManager(tmp_path, item_names=("pytree",)) as manager:
+        assert manager.all_steps() == [3]
+        restored = manager.restore(3, args=ocp.args.Composite(pytree=ocp.args.StandardRestore(abstract)))
+        assert_same(restored["pytree"], state)
+
+
+@pytest.mark.parametrize("state", [{}, [], (), None, Empty()], ids=repr)
+def test_a_tree_without_anything_in_it_is_refused(tmp_path: Path, state: Any) -> None:
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.raises(UnsupportedLeaf, match=r"the tree is empty\. Received: "),
+    ):
+        checkpointer.save(1, state)
+
+
+@pytest.mark.parametrize("state", [{"a": None}, {"a": {}, "b": []}], ids=repr)
+def test_a_tree_of_empty_containers_only_is_refused(tmp_path: Path, state: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UnsupportedLeaf, match="the tree holds no array"):
+        checkpointer.save(1, state)
+
+
+def test_a_bare_array_is_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UnsupportedLeaf, match="put it into a dict"):
+        checkpointer.save(1, jnp.ones(3))
+
+
+def test_an_array_without_elements_comes_back(tmp_path: Path) -> None:
+    state = {"w": jnp.ones(2), "none": jnp.ones((0, 3))}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.wait()
+        assert_same(checkpointer.restore(1, state), state)
+
+
+def test_two_leaves_that_orbax_would_store_under_one_name_are_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UnsupportedLeaf, match=r"'a\.b'.*rename one of them"):
+        checkpointer.save(1, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+
+
+def test_a_structure_may_change_between_saves(tmp_path: Path) -> None:
+    states = [
+        {"w": jnp.ones(3)},
+        {"w": jnp.ones(4)},
+        {"w": jnp.ones(4, jnp.bfloat16)},
+        {"w": jnp.ones(4), "b": jnp.ones(1)},
+        [jnp.ones(4), jnp.ones(1)],
+        (jnp.ones(4), jnp.ones(1)),
+        [jnp.ones(4), None, jnp.ones(1)],
+        {"w": jnp.ones(3)},
+    ]
+    with Checkpointer(tmp_path) as checkpointer:
+        for step, state in enumerate(states):
+            checkpointer.save(step, state)
+        checkpointer.wait()
+        for step, state in enumerate(states):
+            assert_same(checkpointer.restore(step, state), state)
+
+
+def test_the_manifest_says_step_metrics_and_sizes(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(np.int64(7), tree(), metrics={"loss": jnp.float32(0.5), "accuracy": np.float64(1.0)})
+    manifest = json.loads((tmp_path / "7/offstep.json").read_text())
+    assert manifest["step"] == 7
+    assert manifest["metrics"] == {"loss": 0.5, "accuracy": 1.0}
+    for name, size in manifest["files"].items():
+        assert (tmp_path / "7" / name).stat().st_size == size
+    written = {str(path.relative_to(tmp_path / "7")) for path in (tmp_path / "7").rglob("*") if path.is_file()}
+    assert set(manifest["files"]) == written - {"offstep.json"}
+
+
+# ------------------------------------------------------------------------------------------------- which steps
+
+
+def test_all_and_latest_steps_are_the_durable_ones(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.all_steps() == []
+        assert checkpointer.latest_step() is None
+        for step in (2, 10, 9):
+            checkpointer.save(step, tree(step))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [2, 9, 10]
+        assert checkpointer.latest_step() == 10
+        assert float(checkpointer.restore()["w"][0, 0]) == 10
+        with stopped_writer():
+            checkpointer.save(11, tree())
+            assert checkpointer.latest_step() == 10
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_steps_are_kept(tmp_path: Path, keep: int) -> None:
+    with Checkpointer(tmp_path, max_to_keep=keep) as checkpointer:
+        for step in range(1, 8):
+            checkpointer.save(step, tree(step))
+    assert checkpointer.all_steps() == list(range(8 - keep, 8))
+    assert sorted(os.listdir(tmp_path)) == [str(step) for step in range(8 - keep, 8)]
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_a_step_that_is_saved_again_replaces_the_older_one(tmp_path: Path, keep: int | None) -> None:
+    with Checkpointer(tmp_path, max_to_keep=keep) as checkpointer:
+        for value in (1, 2, 3):
+            checkpointer.save(5, tree(value))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [5]
+        assert_same(checkpointer.restore(5, tree()), tree(3))
+    assert os.listdir(tmp_path) == ["5"]
+
+
+def test_a_second_run_goes_on_in_the_same_directory(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(step, tree(step))
+    assert checkpointer.all_steps() == [1, 2]
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointNotFound, match="holds no step None; it has none"):
+            checkpointer.restore()
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        with pytest.raises(CheckpointNotFound, match=rf"{tmp_path} holds no step 2; it has \[1\]"):
+            checkpointer.restore(2)
+
+
+def test_a_checkpointer_may_be_used_again_after_close(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.close()
+    checkpointer.close()
+    checkpointer.save(1, tree())
+    checkpointer.close()
+    checkpointer.save(2, tree())
+    checkpointer.close()
+    assert checkpointer.all_steps() == [1, 2]
+    assert find_writers() == []
+
+
+def test_a_relative_directory_stays_the_same_after_a_change_of_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("run/deep") as checkpointer:
+        monkeypatch.chdir("/")
+        checkpointer.save(1, tree())
+    assert os.listdir(tmp_path / "run/deep") == ["1"]
+
+
+# ------------------------------------------------------------------------------------------------- slow and busy
+
+
+def test_a_wait_that_runs_out_names_the_newest_durable_step_and_the_save_goes_on(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        with stopped_writer():
+            pending = checkpointer.save(2, tree())
+            assert pending is not None
+            assert not pending.done()
+            with pytest.raises(SaveTimeout, match=r"not all saves are durable after 0\.05 s; the newest .* step is 1"):
+                checkpointer.wait(0.05)
+            with pytest.raises(SaveTimeout, match=rf"step 2 is not durable after 0 s: {tmp_path}/2"):
+                pending.wait(0)
+            assert "pending" in repr(pending)
+        pending.wait(60)
+        assert pending.done()
+        assert repr(pending) == f"PendingSave(step=2, path='{tmp_path}/2', durable)"
+        checkpointer.wait(0)
+
+
+def test_a_save_waits_for_a_slot_and_says_how_long(tmp_path: Path) -> None:
+    import threading
+
+    with Checkpointer(tmp_path, slots=1) as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        [writer] = find_writers()
+        writer.send_signal(signal.SIGSTOP)
+        checkpointer.save(2, tree())
+        wakening = threading.Timer(0.2, writer.send_signal, (signal.SIGCONT,))
+        wakening.start()
+        checkpointer.save(3, tree())
+        wakening.join()
+        checkpointer.wait()
+    assert checkpointer.all_steps() == [1, 2, 3]
+    first, second, third = checkpointer.stats
+    assert first.wait_seconds == second.wait_seconds == 0
+    assert 0.1 < third.wait_seconds <= third.call_seconds
+
+
+def test_a_save_that_finds_no_slot_may_be_skipped_and_is_counted(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, slots=2, on_busy="skip") as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        with stopped_writer():
+            results = [checkpointer.save(step, tree(step)) for step in (2, 3, 4, 5)]
+        assert [result is not None for result in results] == [True, True, False, False]
+        checkpointer.wait()
+        checkpointer.save(6, tree())
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2, 3, 6]
+        counts = checkpointer.counts
+        assert (counts.requested, counts.durable, counts.failed, counts.skipped) == (6, 4, 0, 2)
+
+
+def test_the_stats_of_a_save_tell_what_it_cost(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        before = time.monotonic()
+        checkpointer.save(1, {"w": jnp.ones((1000, 250))})
+        checkpointer.wait()
+        [stats] = checkpointer.stats
+        assert stats.step == 1
+        assert stats.path == f"{tmp_path}/1"
+        assert stats.state_bytes == 1_000_000
+        assert stats.durable_seconds is not None
+        assert stats.cpu_seconds is not None
+        assert 0 < stats.call_seconds < stats.durable_seconds < time.monotonic() - before
+        assert stats.error is None
+
+
+# ------------------------------------------------------------------------------------------------------ failures
+
+
+def put_in_the_way(directory: Path, step: int) -> None:
+    (directory / str(step)).write_text("a file")
+
+
+def test_a_failed_save_is_raised_once_by_the_next_call(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        put_in_the_way(tmp_path, 2)
+        pending = checkpointer.save(2, tree())
+        assert pending is not None
+        with pytest.raises(SaveFailed, match=rf"step 2 was not saved to {tmp_path}/2: .*; checkpoints saved before it"):
+            checkpointer.wait()
+        checkpointer.wait()
+        assert "failed" in repr(pending)
+        assert "a file is where" in str(pending.stats.error)
+        checkpointer.save(3, tree())
+        checkpointer.wait()
+    assert checkpointer.all_steps() == [1, 3]
+
+
+def test_a_failed_save_is_raised_by_the_next_save(tmp_path: Path) -> None:
+    put_in_the_way(tmp_path, 1)
+    with Checkpointer(tmp_path) as checkpointer:
+        pending = checkpointer.save(1, tree())
+        assert pending is not None
+        while not pending.done():
+            checkpointer._engine.wait_for(pending, None)  # as `wait`, but without being told
+        with pytest.raises(SaveFailed, match="step 1 was not saved"):
+            checkpointer.save(2, tree())
+        checkpointer.save(2, tree())
+    assert checkpointer.all_steps() == [2]
+
+
+def test_a_failed_save_is_raised_by_its_own_wait_and_not_again(tmp_path: Path) -> None:
+    put_in_the_way(tmp_path, 1)
+    with Checkpointer(tmp_path) as checkpointer:
+        pending = checkpointer.save(1, tree())
+        assert pending is not None
+        with pytest.raises(SaveFailed, match="step 1 was not saved"):
+            pending.wait()
+        checkpointer.wait()
+
+
+def test_each_of_several_failures_is_raised(tmp_path: Path) -> None:
+    for step in (1, 2):
+        put_in_the_way(tmp_path, step)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, tree())
+    checkpointer.save(2, tree())
+    with pytest.raises(SaveFailed, match="step 1"):
+        checkpointer.close()
+    with pytest.raises(SaveFailed, match="step 2"):
+        checkpointer.close()
+    checkpointer.close()
+
+
+def test_a_failed_save_may_be_a_warning(tmp_path: Path) -> None:
+    put_in_the_way(tmp_path, 1)
+    with Checkpointer(tmp_path, on_error="warn") as checkpointer:
+        checkpointer.save(1, tree())
+        with pytest.warns(RuntimeWarning, match="step 1 was not saved"):
+            checkpointer.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            checkpointer.save(2, tree())
+            checkpointer.wait()
+    assert checkpointer.all_steps() == [2]
+    assert checkpointer.counts.failed == 1
+
+
+def test_an_error_carries_its_number(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path / "run")
+    checkpointer.save(1, tree())
+    checkpointer.wait()
+    shutil.rmtree(tmp_path / "run")
+    checkpointer.save(2, tree())
+    with pytest.raises(OSError, match=r"the directory to save into has vanished: '.*/run'") as raised:
+        checkpointer.close()
+    assert isinstance(raised.value, SaveFailed)
+    assert raised.value.errno == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_came_back_is_used_again(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "run")
+        checkpointer.save(2, tree())
+        with pytest.raises(SaveFailed):
+            checkpointer.wait()
+        (tmp_path / "run").mkdir()
+        checkpointer.save(3, tree())
+    assert checkpointer.all_steps() == [3]
+
+
+def test_a_failure_inside_a_with_block_is_not_hidden_by_the_error_of_the_block(tmp_path: Path) -> None:
+    put_in_the_way(tmp_path, 1)
+    with pytest.raises(SaveFailed, match="step 1") as raised, Checkpointer(tmp_path) as checkpointer:  # noqa: PT012
+        checkpointer.save(1, tree())
+        raise KeyError("of the training")
+    assert isinstance(raised.value.__context__, KeyError)
+
+
+# --------------------------------------------------------------------------------------------------- bad arguments
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_to_keep": 0}, r"max_to_keep must be None or an integer of at least 1\. Received: 0"),
+    ({"max_to_keep": 1.5}, r"max_to_keep must be .* Received: 1\.5"),
+    ({"slots": 0}, r"slots must be an integer of at least 1\. Received: 0"),
+    ({"slots": "2"}, r"slots must be .* Received: '2'"),
+    ({"on_busy": "drop"}, r"on_busy must be 'wait' or 'skip'\. Received: 'drop'"),
+    ({"on_error": None}, r"on_error must be 'raise' or 'warn'\. Received: None"),
+    ({"memory_budget": 0}, r"memory_budget must be a positive number of bytes\. Received: 0"),
+    ({"memory_budget": "1GB"}, r"memory_budget must be .* Received: '1GB'"),
+    ({"copy_threads": 0}, r"copy_threads must be .* Received: 0"),
+    ({"copy_threads": 1000}, r"copy_threads must be .* Received: 1000"),
+    ({"copy_threads": 1.5}, r"copy_threads must be .* Received: 1\.5"),
+    ({"snapshot_mode": "device"}, r"snapshot_mode must be .* Received: 'device'"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
+def test_a_bad_option_is_refused_with_what_was_received(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Checkpointer(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "7", None, np.float32(3), jnp.ones(3)], ids=repr)
+def test_a_bad_step_is_refused_with_what_was_received(tmp_path: Path, step: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=r"step must be .* Received: "):
+        checkpointer.save(step, tree())
+
+
+@pytest.mark.parametrize("step", [0, 10**12, np.int32(3), jnp.int32(4), True])
+def test_a_step_may_be_any_integer(tmp_path: Path, step: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(step, tree())
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [operator.index(step)]
+
+
+@pytest.mark.parametrize("metrics", [[1.0], {"loss": "low"}, {"loss": np.ones(3)}, {"loss": None}], ids=repr)
+def test_bad_metrics_are_refused_with_what_was_received(tmp_path: Path, metrics: Any) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(ValueError, match=r"metrics must be a dict of numbers\. Received: "):
+            checkpointer.save(1, tree(), metrics=metrics)
+        checkpointer.save(2, tree())
+    assert checkpointer.all_steps() == [2]
+
+
+def test_a_state_that_does_not_fit_the_budget_is_told_at_the_first_save(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, memory_budget=1_000_000) as checkpointer:
+        with pytest.raises(BudgetExceeded, match=r"takes 4\.0 MB of host memory, the budget is 1\.0 MB"):
+            checkpointer.save(1, {"w": jnp.ones((1000, 1000))})
+        checkpointer.save(2, tree())  # a smaller one fits
+        checkpointer.wait()
+    assert checkpointer.all_steps() == [2]
+
+
+def test_a_root_that_is_a_file_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoints cannot be saved here: .* this is a file"):
+        Checkpointer(tmp_path / "file")
+
+
+def test_the_package_offers_what_its_pages_name() -> None:
+    assert offstep.Checkpointer is Checkpointer
+    assert all(hasattr(offstep, name) for name in offstep.__all__ if name != "ModelCheckpoint")
