@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ import keras
 import numpy as np
 
 from offstep import commit, keras_state, policy
+from offstep.batches import Dispatch, Logs, StepCounter
 from offstep.checkpointer import check_max_to_keep
 from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
 from offstep.errors import SaveTimeout
 from offstep.records import SaveStats
 from offstep.snapshot import Mode, describe_leaf
-
-Logs = Mapping[str, Any]  # floats, or whatever another callback put there
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
@@ -99,14 +97,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._root_template, self._holds_one_step = root, kind == "single"
         self._max_to_keep = max_to_keep
         self._engine = Engine(options, on_durable=self._say_durable)
-        self._base = Path()
+        self._base = self._working_directory = Path()
         self._current_epoch = 0
         self._state: keras_state.KerasState | None = None
         self._signature: object = None
-        self._steps = _StepCounter()
+        self._steps = StepCounter()
         self._is_in_fit = False
         self._as_trained = False
-        self._dispatch = _Dispatch()
+        self._dispatch = Dispatch()
         self._told: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------- outcomes
@@ -138,16 +136,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         """Checks the target, lays out the slots and starts the writer."""
         self._dispatch.begin_training()
         self._is_in_fit = False
-        self._base = _constant_parent(self._root_template)
-        commit.probe_directory(self._base)
-        self._open()
-        self._steps.set(self._read_iterations())
+        self._begin()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Notes the epoch."""
         super().on_epoch_begin(epoch, logs)
         self._dispatch.begin_epoch()
-        self._steps.begin_epoch(self._read_iterations())
+        self._steps.begin_epoch()
+        self._correct_steps()
 
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         """Does what was due after the batch before, while its state still exists."""
@@ -159,7 +155,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if self._dispatch.is_training_thread():
             self._dispatch.end_batch()
             self._after_batch(batch, logs)
-        else:
+        elif self.save_freq != "epoch":
             self._is_in_fit = self._is_in_fit or keras_state.is_detached(self._model)
             self._dispatch.note(batch, dict(logs or {}))
 
@@ -173,16 +169,26 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if self._has_ended():
             self._catch_up()
         self._dispatch.end_batch()
+        self._correct_steps()
         super().on_epoch_end(epoch, logs)
         self._engine.poll()
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Waits until everything is durable, and frees the slots."""
+        if self._has_ended():
+            self._catch_up()
         self._engine.close()
         self._engine.raise_failures()
 
     def _has_ended(self) -> bool:
         return self._dispatch.has_ended(keras_state.last_step_id(self._model))
+
+    def _begin(self) -> None:
+        # From here on relative paths stay where they are, whatever becomes of the working directory.
+        self._base = _constant_parent(self._root_template)
+        self._working_directory = Path.cwd()
+        commit.probe_directory(self._base)
+        self._open()
 
     def _catch_up(self) -> None:
         batch = self._dispatch.end_batch()
@@ -202,6 +208,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if not self._should_save_on_batch(batch):
             return
         if logs is None and self._needs_logs:
+            self._correct_steps()
             logs = self._dispatch.wait_for_logs(batch)
         self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
 
@@ -215,30 +222,43 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def _steps_per_execution(self) -> int:
         return getattr(self._model, "steps_per_execution", None) or 1
 
+    @property
+    def _counts_exactly(self) -> bool:
+        # The last execution of an epoch may be a short one, and a loss that overflows is no step.
+        return self._steps_per_execution == 1 and not keras_state.skips_steps(self._model)
+
     def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
         if self.monitor_op is None:
             self._set_monitor_op()
         mode: Literal["min", "max"] = "max" if self.monitor_op is keras.ops.greater else "min"
-        current = float(monitor_value)
+        current = self._round(monitor_value)
         if not np.isfinite(current):
             self._tell_once(f"{self.monitor} is {current}: such a value is never the best.")
-        best = None if reference_value is None else float(reference_value)
+        best = None if reference_value is None else self._round(reference_value)
         return policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
+
+    @staticmethod
+    def _round(value: Any) -> float:
+        # Keras compares as tensors of this precision: 0.1 and its float32 are equal there.
+        with np.errstate(over="ignore"):
+            return float(np.asarray(value).astype(keras.config.floatx()))
 
     def _get_file_path(self, epoch: int, batch: int | None, logs: Logs | None) -> str:
         return self._template.format(self._fields(epoch, batch, logs))
 
     def _fields(self, epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Any]:
-        fields: dict[str, Any] = {"epoch": epoch + 1, "step": self._steps.current}
-        if batch is not None:
-            fields["batch"] = batch + 1
-        return fields | dict(logs or {})
+        counted = {} if batch is None else {"batch": batch + 1}
+        return counted | dict(logs or {}) | {"epoch": epoch + 1, "step": self._steps.current}
 
     # --------------------------------------------------------------------------------------------------- saving
 
     def _save_model(self, epoch: int, batch: int | None, logs: Logs | None) -> None:
         started = time.monotonic()
         self._engine.poll()
+        if self._state is None:
+            self._begin()
+        if not self._counts_exactly:
+            self._correct_steps()
         filepath = self._get_file_path(epoch, batch, logs)
         if not self._should_save_model(epoch, batch, logs, filepath):
             return
@@ -264,7 +284,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._tell_once("A save was skipped: all slots are on their way to the disk; `counts.skipped` has them.")
 
     def _target(self, fields: Mapping[str, Any]) -> Target:
-        root = Path(self._root_template.format(fields)).absolute()
+        root = self._working_directory / self._root_template.format(fields)
         shown = self._template.format(fields)
         return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
 
@@ -288,14 +308,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             documents = {"config": state.config, "assets": {name: data.hex() for name, data in state.assets.items()}}
         self._engine.open(leaves, arrays, empty_nodes=state.empty_nodes, documents=documents)
         self._state = state
-        self._steps.divisor = getattr(self._model.optimizer, "gradient_accumulation_steps", None) or 1
+        self._steps.divisor = keras_state.batches_per_iteration(self._model)
+        self._correct_steps()
 
-    def _read_iterations(self) -> int:
-        """Returns the optimizer's counter of batches; between epochs that costs no wait worth mentioning."""
-        if self._state is None or self._state.iteration_index is None:
-            return self._steps.batches
-        arrays = keras_state.live_arrays(self._model, weights_only=self.save_weights_only)
-        return int(arrays[self._state.iteration_index])
+    def _correct_steps(self) -> None:
+        """Waits for the last step to be computed; between epochs that costs nothing worth mentioning."""
+        self._steps.correct(keras_state.read_iterations(self._model, as_trained=self._as_trained))
 
     # -------------------------------------------------------------------------------------------------- talking
 
@@ -307,82 +325,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if text not in self._told:
             self._told.add(text)
             warnings.warn(text, UserWarning, stacklevel=3)
-
-
-class _StepCounter:
-    """Follows `optimizer.iterations` on the host, so that naming a checkpoint needs no device."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.divisor = 1
-        self._last_batch = -1
-
-    @property
-    def current(self) -> int:
-        return self.batches // self.divisor
-
-    def set(self, batches: int) -> None:
-        self.batches = batches
-
-    def begin_epoch(self, batches: int) -> None:
-        self.batches = batches
-        self._last_batch = -1
-
-    def count(self, batch: int) -> None:
-        self.batches += batch - self._last_batch
-        self._last_batch = batch
-
-
-class _Dispatch:
-    """Follows which batch has ended, whichever thread Keras tells it on."""
-
-    def __init__(self) -> None:
-        self._thread: int | None = None
-        self._open_batch: int | None = None  # ended or about to end, and not yet attended to; training thread only
-        self._step_before: int | None = None
-        self._notes: dict[int, Logs] = {}  # of the open batch and later ones; guarded by self._noted
-        self._noted = threading.Condition()
-
-    def begin_training(self) -> None:
-        self._thread = threading.get_ident()
-        self._open_batch = None
-
-    def begin_epoch(self) -> None:
-        with self._noted:
-            self._notes.clear()
-
-    def is_training_thread(self) -> bool:
-        return self._thread is None or threading.get_ident() == self._thread
-
-    def begin_batch(self, last_batch: int, last_step_id: int | None) -> None:
-        self._open_batch, self._step_before = last_batch, last_step_id
-        with self._noted:
-            self._notes = {batch: logs for batch, logs in self._notes.items() if batch >= last_batch}
-
-    def end_batch(self) -> int | None:
-        """Returns the batch that has to be attended to, and forgets it."""
-        batch, self._open_batch = self._open_batch, None
-        return batch
-
-    def has_ended(self, last_step_id: int | None) -> bool:
-        """Returns whether there is an open batch that has really ended: Keras also begins one that finds no data."""
-        if self._open_batch is None:
-            return False
-        if last_step_id is not None and last_step_id != self._step_before:
-            return True
-        with self._noted:  # complete at the end of an epoch only: until then Keras's pool may still be telling
-            return self._open_batch in self._notes
-
-    def note(self, batch: int, logs: Logs) -> None:
-        """Runs on threads of Keras's pool, which may overtake each other."""
-        with self._noted:
-            self._notes[batch] = logs
-            self._noted.notify_all()
-
-    def wait_for_logs(self, batch: int) -> Logs:
-        with self._noted:
-            self._noted.wait_for(lambda: batch in self._notes)
-            return self._notes[batch]
 
 
 def _check_format(filepath: str) -> None:
@@ -404,5 +346,6 @@ def _constant_parent(template: policy.Template) -> Path:
 
 
 def _plain_numbers(logs: Logs) -> dict[str, float]:
-    """Returns the entries of the logs that are numbers, as JSON can hold them."""
-    return {name: float(value) for name, value in logs.items() if np.ndim(value) == 0 and np.isreal(value)}
+    """Returns the entries of the logs that are numbers, as JSON can hold them; other callbacks put anything there."""
+    arrays = {name: np.asarray(value) for name, value in logs.items()}
+    return {name: float(array) for name, array in arrays.items() if array.ndim == 0 and array.dtype.kind in "biuf"}

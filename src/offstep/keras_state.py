@@ -214,10 +214,24 @@ def _find_iteration(model: Model, live: Sequence[VariableRecord]) -> int | None:
 
 def _find_counter(model: Model) -> Variable | None:
     # `optimizer.iterations` may be computed (gradient accumulation), so look for the variable behind it.
+    return next((v for v in getattr(_innermost_optimizer(model), "variables", ()) if v.name == "iteration"), None)
+
+
+def _innermost_optimizer(model: Model) -> Any:  # of Keras, or None
     optimizer = getattr(model, "optimizer", None)
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer  # type: ignore[union-attr]  # hasattr does not narrow
-    return next((v for v in getattr(optimizer, "variables", ()) if v.name == "iteration"), None)
+    return optimizer
+
+
+def batches_per_iteration(model: Model) -> int:
+    """Returns how many batches `optimizer.iterations` counts as one."""
+    return getattr(_innermost_optimizer(model), "gradient_accumulation_steps", None) or 1
+
+
+def skips_steps(model: Model) -> bool:
+    """Returns whether the optimizer may leave batches uncounted, as loss scaling does when gradients overflow."""
+    return hasattr(getattr(model, "optimizer", None), "inner_optimizer")
 
 
 def _choose_paths(
