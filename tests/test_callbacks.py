@@ -716,14 +716,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+def take_failures(ours: ModelCheckpoint) -> None:
+    """Each is raised once; what nobody was told of would be printed at exit."""
+    for _ in range(ours.counts.requested):
+        with suppress(SaveFailed):
+            ours.on_train_end()
+
+
 def test_a_full_disk_is_raised_and_older_checkpoints_stay(small_disk: Path) -> None:
     ours = ModelCheckpoint(small_disk / "{step}", save_freq=1)
     model = make_model()
     with pytest.raises(SaveFailed, match=r"No space left on device.*saved before it are untouched") as raised:
         fit(model, [ours], epochs=40)
     assert raised.value.errno == errno.ENOSPC
-    with suppress(SaveFailed):
-        ours.on_train_end()
+    take_failures(ours)
     kept = list_steps(small_disk)
     assert kept == list(range(1, len(kept) + 1))
     assert iterations(read_step(small_disk / str(kept[-1]))) == kept[-1]
