@@ -1,0 +1,447 @@
+"""What goes wrong around a save: killed trainers, signals, forks, scripts that just end, and full disks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1
+from processes import PATIENCE_SECONDS, find_writers, wait_for_end
+
+from offstep.checkpointer import Checkpointer
+from offstep.errors import SaveFailed
+
+pytestmark = pytest.mark.crash
+
+PRELUDE = """
+import os, signal, sys, time
+import jax.numpy as jnp, numpy as np, psutil
+import offstep
+
+directory, SIZE = sys.argv[1], 1_000_000
+
+def state(step):
+    return {"w": jnp.full((SIZE,), step, jnp.float32), "b": jnp.full((3,), step, jnp.bfloat16)}
+
+def tell(*words):
+    print(*words, flush=True)
+
+def hear():
+    return sys.stdin.readline().strip()
+
+def writer_pid():
+    children = psutil.Process().children()
+    [pid] = [child.pid for child in children if any(part.endswith("main()") for part in child.cmdline())]
+    return pid
+
+options = {"in_process": True} if "thread" in sys.argv[2:] else {}
+if "device_copy" in sys.argv[2:]:
+    options["snapshot_mode"] = "device_copy"
+checkpointer = offstep.Checkpointer(directory, **options)
+"""
+
+
+@contextmanager
+def running(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A trainer in a process group of its own."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield trainer
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGKILL)  # children that live on too, or their end of the pipes stays open
+        trainer.communicate()
+
+
+def run(script: str, *arguments: str) -> tuple[int, str, str]:
+    with running(script, *arguments) as trainer:
+        out, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        return trainer.returncode, out, err
+
+
+def hear(trainer: subprocess.Popen[str]) -> str:
+    assert trainer.stdout is not None
+    line = trainer.stdout.readline().strip()
+    if not line:
+        raise AssertionError(f"the trainer ended: {trainer.communicate()[1]}")
+    return line
+
+
+def tell(trainer: subprocess.Popen[str], text: str = "go") -> None:
+    assert trainer.stdin is not None
+    trainer.stdin.write(text + "\n")
+    trainer.stdin.flush()
+
+
+def assert_holds(directory: Path, steps: list[int]) -> None:
+    """Exactly these steps, each restored by stock Orbax; no leftovers."""
+    assert sorted(os.listdir(directory)) == sorted(map(str, steps))
+    for step in steps:
+        restored = v1.load(directory / str(step), checkpointable_name="pytree")
+        assert restored["w"].shape == (1_000_000,)
+        assert (np.asarray(restored["w"]) == step).all()
+        assert (np.asarray(restored["b"]).astype(np.float32) == step).all()
+
+
+# ------------------------------------------------------------------------------------------- the trainer is killed
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV], ids=lambda end: end.name)
+def test_what_was_saved_right_before_the_trainer_was_killed_becomes_durable(
+    tmp_path: Path, end: signal.Signals
+) -> None:
+    script = """
+checkpointer.save(1, state(1))
+checkpointer.wait()
+tell(writer_pid())
+checkpointer.save(2, state(2))
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+    with running(script, str(tmp_path), str(int(end))) as trainer:
+        writer = int(hear(trainer))
+        assert trainer.wait(PATIENCE_SECONDS) == -end
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1, 2])
+
+
+def test_the_very_first_save_becomes_durable_though_the_trainer_is_killed_while_the_writer_starts(
+    tmp_path: Path,
+) -> None:
+    script = """
+checkpointer.save(1, state(1))
+tell(writer_pid())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        trainer.wait(PATIENCE_SECONDS)
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1])
+
+
+def test_all_that_was_on_its_way_becomes_durable_after_the_trainer_was_killed(tmp_path: Path) -> None:
+    script = """
+checkpointer = offstep.Checkpointer(directory, slots=5, max_to_keep=3)
+checkpointer.save(1, state(1))
+checkpointer.wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+for step in range(2, 7):
+    checkpointer.save(step, state(step))
+tell(pid)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        trainer.wait(PATIENCE_SECONDS)
+        assert os.listdir(tmp_path) == ["1"]
+        os.kill(writer, signal.SIGCONT)
+        wait_for_end(writer)
+    assert_holds(tmp_path, [4, 5, 6])
+
+
+def test_ctrl_c_does_not_reach_the_writer(tmp_path: Path) -> None:
+    script = """
+checkpointer.save(1, state(1))
+checkpointer.wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+checkpointer.save(2, state(2))
+tell(pid)
+try:
+    hear()
+except KeyboardInterrupt:
+    tell("interrupted")
+    os.kill(pid, signal.SIGCONT)
+    checkpointer.save(3, state(3))
+    raise
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        os.killpg(trainer.pid, signal.SIGINT)
+        assert hear(trainer) == "interrupted"
+        _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        assert trainer.returncode == -signal.SIGINT
+        assert "KeyboardInterrupt" in err
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1, 2, 3])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_the_writer_itself_does_not_stop_its_work(tmp_path: Path, number: signal.Signals) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": jnp.ones(3)})
+        checkpointer.wait()
+        [writer] = find_writers()
+        writer.send_signal(number)
+        checkpointer.save(2, {"w": jnp.ones(3)})
+        checkpointer.wait()
+        assert find_writers() == [writer]
+    assert checkpointer.all_steps() == [1, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------- forks
+
+
+def test_a_forked_child_that_ends_changes_nothing(tmp_path: Path) -> None:
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+checkpointer.save(1, state(1))
+for how in (os._exit, sys.exit):
+    child = os.fork()
+    if child == 0:
+        how(0)
+    os.waitpid(child, 0)  # JAX itself may crash in a child's exit handlers
+checkpointer.save(2, state(2))
+checkpointer.wait()
+tell(writer_pid())
+"""
+    status, out, err = run(script, str(tmp_path))
+    assert (err, status) == ("", 0)
+    wait_for_end(int(out))
+    assert_holds(tmp_path, [1, 2])
+
+
+def test_a_forked_child_that_lives_on_does_not_keep_the_writer_alive(tmp_path: Path) -> None:
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+checkpointer.save(1, state(1))
+checkpointer.wait()
+child = os.fork()
+if child == 0:
+    sys.stdin.readline()  # until the test has seen enough
+    os._exit(0)
+checkpointer.save(2, state(2))
+tell(writer_pid(), child)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer, child = map(int, hear(trainer).split())
+        trainer.wait(PATIENCE_SECONDS)
+        wait_for_end(writer)
+        assert Path(f"/proc/{child}").exists()
+        assert not [link for link in open_files(child) if link.startswith("/memfd:offstep")]
+        tell(trainer)
+        wait_for_end(child)
+    assert_holds(tmp_path, [1, 2])
+
+
+def open_files(pid: int) -> list[str]:
+    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def test_a_forked_child_saves_with_a_writer_of_its_own_and_leaves_the_parents_slots_alone(tmp_path: Path) -> None:
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+tree = {"w": np.full(SIZE, 1, np.float32), "b": np.ones(3, np.float32)}
+def fill(step):
+    for leaf in tree.values():
+        leaf[:] = step
+    return tree
+checkpointer.save(1, fill(1))
+checkpointer.wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+checkpointer.save(2, fill(2))
+checkpointer.save(3, fill(3))
+child = os.fork()
+if child == 0:
+    checkpointer.save(4, fill(4))
+    checkpointer.wait()
+    checkpointer.close()
+    os._exit(0)
+assert os.waitpid(child, 0) == (child, 0)
+os.kill(pid, signal.SIGCONT)
+"""
+    status, _, err = run(script, str(tmp_path))
+    assert (err, status) == ("", 0)
+    assert_holds(tmp_path, [1, 2, 3, 4])
+
+
+# -------------------------------------------------------------------------------------------- scripts that just end
+
+ENDINGS = {
+    "falls off its end": ("", 0),
+    "sys.exit(0)": ("sys.exit(0)", 0),
+    "sys.exit(3)": ("sys.exit(3)", 3),
+    "an exception": ("raise ValueError('of the training')", 1),
+}
+endings = pytest.mark.parametrize(("ending", "status"), ENDINGS.values(), ids=ENDINGS.keys())
+
+
+@endings
+@pytest.mark.parametrize("how", ["process", "thread", "device_copy"])
+def test_what_a_script_saved_before_it_ended_becomes_durable(
+    tmp_path: Path, how: str, ending: str, status: int
+) -> None:
+    script = f"""
+for step in (1, 2):
+    checkpointer.save(step, state(step))
+tell("thread" if options.get("in_process") else writer_pid())
+{ending}
+"""
+    actual, out, err = run(script, str(tmp_path), how)
+    assert actual == status, err
+    assert "offstep:" not in err
+    assert_holds(tmp_path, [1, 2])  # at once: nothing is left to a writer that still runs
+    if how != "thread":
+        assert not Path(f"/proc/{int(out)}").exists()
+
+
+@endings
+@pytest.mark.parametrize("how", ["process", "thread", "device_copy"])
+def test_a_script_that_ends_without_hearing_of_a_failure_prints_it_and_fails(
+    tmp_path: Path, how: str, ending: str, status: int
+) -> None:
+    (tmp_path / "2").write_text("in the way")
+    script = f"""
+import atexit
+for step in (1, 2, 3):
+    checkpointer.save(step, state(step))
+{ending}
+"""
+    actual, _, err = run("import atexit\natexit.register(tell, 'last handler')\n" + script, str(tmp_path), how)
+    assert actual == (status or 1)
+    assert err.count("offstep: ") == 1
+    assert f"step 2 was not saved to {tmp_path}/2: NotADirectoryError: " in err
+    (tmp_path / "2").unlink()
+    assert_holds(tmp_path, [1, 3])
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_failure_that_a_script_has_heard_of_does_not_fail_its_exit(tmp_path: Path, on_error: str) -> None:
+    (tmp_path / "2").write_text("in the way")
+    script = """
+checkpointer = offstep.Checkpointer(directory, on_error=sys.argv[2])
+checkpointer.save(2, state(2))
+try:
+    checkpointer.wait()
+except offstep.SaveFailed:
+    pass
+checkpointer.save(3, state(3))
+"""
+    status, _, err = run(script, str(tmp_path), on_error)
+    assert status == 0, err
+    assert "offstep: " not in err
+
+
+def test_handlers_that_run_at_exit_run_also_when_the_exit_fails(tmp_path: Path) -> None:
+    (tmp_path / "2").write_text("in the way")
+    script = """
+import atexit
+atexit.register(print, "registered later")
+checkpointer.save(2, state(2))
+sys.stdout.write("without an end of line, ")
+"""
+    before = "import atexit\natexit.register(print, 'registered earlier')\n"
+    command = [sys.executable, "-c", before + PRELUDE + script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == "without an end of line, registered later\nregistered earlier\n"
+
+
+def test_ctrl_c_while_a_script_waits_at_exit_leaves_the_saves_to_the_writer(tmp_path: Path) -> None:
+    script = """
+checkpointer.save(1, state(1))
+checkpointer.wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+checkpointer.save(2, state(2))
+import atexit
+atexit.register(tell, pid)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        while not is_waiting_for_the_writer(trainer.pid):
+            pass
+        os.killpg(trainer.pid, signal.SIGINT)
+        try:
+            status = trainer.wait(PATIENCE_SECONDS)
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        assert "offstep: interrupted at exit; 1 saves that were not durable yet are left to the writer process" in err
+        assert status == 1
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1, 2])
+
+
+def is_waiting_for_the_writer(pid: int) -> bool:
+    return "poll" in Path(f"/proc/{pid}/wchan").read_text() or Path(f"/proc/{pid}/syscall").read_text().startswith("7 ")
+
+
+# --------------------------------------------------------------------------------------------------------- full disks
+
+
+@contextmanager
+def small_disk(at: Path, size: str) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    at.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def filled(step: int) -> dict[str, Any]:
+    return {"w": jnp.full((1_000_000,), step, jnp.float32), "b": jnp.full((3,), step, jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_a_disk_that_is_full_fails_the_save_and_older_checkpoints_stay(tmp_path: Path, in_process: bool) -> None:
+    with small_disk(tmp_path / "disk", "10m") as disk, Checkpointer(disk, in_process=in_process) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, filled(step))
+        checkpointer.wait()
+        checkpointer.save(3, filled(3))
+        with pytest.raises(SaveFailed, match=rf"step 3 was not saved to {disk}/3: .*No space left on device") as raised:
+            checkpointer.wait()
+        assert raised.value.errno == 28
+        assert_holds(disk, [1, 2])
+        with pytest.raises(SaveFailed, match="step 2 was not saved"):  # nor is a step replaced by half of itself
+            save_and_wait(checkpointer, 2)
+        assert_holds(disk, [1, 2])
+        subprocess.run(["rm", "-r", str(disk / "1")], check=True)
+        save_and_wait(checkpointer, 4)
+        assert_holds(disk, [2, 4])
+
+
+def save_and_wait(checkpointer: Checkpointer, step: int) -> None:
+    checkpointer.save(step, filled(step))
+    checkpointer.wait()
+
+
+def test_a_disk_with_room_for_two_keeps_the_last_durable_one_when_max_to_keep_is_one(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "9m") as disk, Checkpointer(disk, max_to_keep=1) as checkpointer:
+        for step in (1, 2, 3):
+            save_and_wait(checkpointer, step)
+        assert_holds(disk, [3])
+        (disk / "ballast").write_bytes(bytes(3_000_000))
+        with pytest.raises(SaveFailed, match="No space left on device"):
+            save_and_wait(checkpointer, 4)
+        (disk / "ballast").unlink()
+        assert_holds(disk, [3])
