@@ -220,6 +220,14 @@ def test_donation_is_not_refused_because_of_a_snapshot() -> None:
     pool.close()
 
 
+def test_a_copy_on_the_device_shares_no_memory_with_the_state() -> None:
+    tree = [jnp.zeros(1000), jnp.zeros((100, 100)), jnp.zeros(())]
+    private = snapshotter_of(tree, "device_copy").copy_on_device(tree)
+    assert not {leaf.unsafe_buffer_pointer() for leaf in tree} & {leaf.unsafe_buffer_pointer() for leaf in private}
+    advance(tree)
+    assert not any(leaf.is_deleted() for leaf in private)
+
+
 @both_modes
 @pytest.mark.parametrize("how", ["deleted", "donated"])
 def test_a_state_that_no_longer_exists_is_a_clear_error(tmp_path: Path, mode: Mode, how: str) -> None:
@@ -268,11 +276,14 @@ def assert_holds_one_step(checkpoint: Path, step: int) -> None:
     assert {float(leaf.max()) for leaf in restored.values()} == {step}
 
 
-@both_modes
-def test_every_one_of_300_checkpoints_taken_while_training_goes_on_holds_exactly_one_step(
-    tmp_path: Path, mode: Mode
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [("host", 300), ("device_copy", 100), pytest.param("device_copy", 300, marks=pytest.mark.campaign)],
+)
+def test_every_checkpoint_taken_while_training_goes_on_holds_exactly_one_step(
+    tmp_path: Path, mode: Mode, steps: int
 ) -> None:
-    train_and_check_for_tears(tmp_path, mode, 300)
+    train_and_check_for_tears(tmp_path, mode, steps)
 
 
 # ---------------------------------------------------------------------------------------------------- structure
