@@ -25,6 +25,10 @@ class Checkpointer:
     Each step is a directory in Orbax's layout, durable once it is visible under its number. Use it from the thread
     that runs the training steps.
 
+    A script that ends without `close`, by an exception too, waits at its exit until everything saved is durable. A
+    failure that no call has raised by then is printed to stderr and makes the exit status 1 where it would be 0. In
+    a forked child a checkpointer starts anew, with a writer of the child's own.
+
     Args:
         directory: Where the steps go; made if missing.
         max_to_keep: How many of the newest steps stay; `None` keeps all.
