@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from processes import find_writers, wait_until
+from processes import find_writers, wait_for_end, wait_until
 
 from offstep import catalog
 from offstep.checkpointer import Checkpointer
@@ -118,7 +118,7 @@ def test_a_writer_killed_while_idle_is_replaced_before_save_returns(tmp_path: Pa
         submit(checkpointer, 1).wait()
         [writer] = find_writers()
         writer.kill()
-        wait_until(lambda: writer.status() == psutil.STATUS_ZOMBIE)
+        wait_for_end(writer.pid)
         pending = submit(checkpointer, 2)
         [successor] = find_writers()
         assert successor.pid != writer.pid
