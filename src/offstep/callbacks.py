@@ -156,7 +156,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._dispatch.end_batch()
             self._after_batch(batch, logs)
         elif self.save_freq != "epoch":
-            self._is_in_fit = self._is_in_fit or keras_state.is_detached(self._model)
+            self._is_in_fit = self._is_in_fit or keras_state.is_in_fit(self._model)
             self._dispatch.note(batch, dict(logs or {}))
 
     def on_test_begin(self, logs: Logs | None = None) -> None:

@@ -114,6 +114,16 @@ def is_detached(model: Model) -> bool:
     return not getattr(model, "_jax_state_synced", True) and bool(getattr(model, "_jax_state", None))
 
 
+def is_in_fit(model: Model) -> bool:
+    """Returns whether `fit` is between two steps; any thread may ask.
+
+    Only `fit` takes the values out of the variables. `train_on_batch` leaves them in, so a pool's thread that asks
+    while a loop driven by hand is within a step is not misled.
+    """
+    variables = list_variables(model, GROUPS[0]) or list_variables(model, GROUPS[1])
+    return is_detached(model) and bool(variables) and getattr(variables[0], "_value", None) is None
+
+
 def last_step_id(model: Model) -> int | None:
     """Returns what differs before and after a training step; `None` when this Keras does not tell."""
     state = getattr(model, "_jax_state", None)
