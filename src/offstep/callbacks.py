@@ -135,7 +135,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks the target, lays out the slots and starts the writer."""
         self._dispatch.begin_training()
-        self._is_in_fit = False
+        self._is_in_fit = keras_state.is_in_fit(self._model)
         self._begin()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -156,7 +156,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._dispatch.end_batch()
             self._after_batch(batch, logs)
         elif self.save_freq != "epoch":
-            self._is_in_fit = self._is_in_fit or keras_state.is_in_fit(self._model)
             self._dispatch.note(batch, dict(logs or {}))
 
     def on_test_begin(self, logs: Logs | None = None) -> None:

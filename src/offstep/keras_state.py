@@ -5,6 +5,7 @@ With `keras_rebuild`, the only modules that touch private parts of Keras; each s
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,13 +116,12 @@ def is_detached(model: Model) -> bool:
 
 
 def is_in_fit(model: Model) -> bool:
-    """Returns whether `fit` is between two steps; any thread may ask.
-
-    Only `fit` takes the values out of the variables. `train_on_batch` leaves them in, so a pool's thread that asks
-    while a loop driven by hand is within a step is not misled.
-    """
-    variables = list_variables(model, GROUPS[0]) or list_variables(model, GROUPS[1])
-    return is_detached(model) and bool(variables) and getattr(variables[0], "_value", None) is None
+    """Returns whether Keras's `fit` called the caller, rather than a loop that drives model and callbacks by hand."""
+    fit = getattr(inspect.unwrap(keras.Model.fit), "__code__", None)
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code is fit and frame.f_locals.get("self") is model):
+        frame = frame.f_back
+    return frame is not None
 
 
 def last_step_id(model: Model) -> int | None:
