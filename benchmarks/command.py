@@ -109,6 +109,8 @@ def report_workloads(
         runs = run_alternating(workload, command.peers, command.options)
         print_rows(console, runs, summarise(runs), columns)
         all_runs.append(runs)
+    if command.save_freq:
+        name = f"{name}-every-{command.save_freq}"
     # A trial run must not take the place of a measurement.
     results = command.options.directory if command.quick else RESULTS
     path = write_json(name, results, machine, command.options, all_runs)

@@ -8,6 +8,7 @@ without a callback.
 from __future__ import annotations
 
 import datetime
+import itertools
 import importlib.metadata
 import json
 import os
@@ -335,10 +336,15 @@ def _file_system(directory: Path) -> str:
 
 
 def write_json(name: str, directory: Path, machine: dict[str, Any], options: Options, all_runs: Sequence[Runs]) -> Path:
-    """Writes every run, the rows and the machine to `<date>-<machine>-<name>.json` and returns the path."""
+    """Writes every run, the rows and the machine to `<date>-<machine>-<name>.json` and returns the path.
+
+    An earlier measurement is never replaced: the name is numbered then.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path = directory / f"{date}-{machine['name']}-{name}.json"
+    stem = f"{date}-{machine['name']}-{name}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    path = next(path for free in names if not (path := directory / f"{free}.json").exists())
     data = {
         "date": date,
         "machine": machine,
