@@ -8,8 +8,8 @@ without a callback.
 from __future__ import annotations
 
 import datetime
-import itertools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
