@@ -23,6 +23,8 @@ CHUNK_TARGET_BYTES = 16 << 20
 
 _CHUNK_ALIGNMENT = 64
 _SLOT_ALIGNMENT = 4096
+_CHANGING, _LARGE_FROZEN, _SMALL_FROZEN = range(3)  # in this order in a slot
+_LARGE_FROM_BYTES = 1 << 16
 _FEW_ROWS = 64
 _LEAST_ROWS_PER_PADDED = 32
 _BUDGET_FRACTION = 0.8
@@ -55,15 +57,31 @@ def item_bytes(dtype: str) -> int:
 
 
 def make_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
-    """Places the leaves one after another in a slot, each cut into contiguous chunks."""
-    layouts = []
+    """Places the leaves in a slot, each cut into contiguous chunks.
+
+    They lie one after another, the frozen ones behind the others: first the large ones, each in whole pages, so that
+    the slot can be written from any of them on without a copy, then the small ones, close together.
+    """
+    leaves = list(leaves)
+    groups: dict[int, list[int]] = {_CHANGING: [], _LARGE_FROZEN: [], _SMALL_FROZEN: []}
+    for index, leaf in enumerate(leaves):
+        groups[_kind(leaf)].append(index)
+    layouts: dict[int, LeafLayout] = {}
     offset = 0
-    for leaf in leaves:
-        layout = _lay_out(leaf, offset)
-        layouts.append(layout)
-        offset += layout.stride_bytes * layout.chunk_count
+    for kind, indices in groups.items():
+        offset = _round_up(offset, _SLOT_ALIGNMENT)
+        for index in indices:
+            layouts[index] = _lay_out(leaves[index], offset)
+            offset = _round_up(layouts[index].end, _SLOT_ALIGNMENT if kind == _LARGE_FROZEN else _CHUNK_ALIGNMENT)
     slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
-    return Plan(tuple(layouts), slot_bytes, tuple(empty_nodes))
+    return Plan(tuple(layouts[index] for index in range(len(leaves))), slot_bytes, tuple(empty_nodes))
+
+
+def _kind(leaf: Leaf) -> int:
+    if not leaf.is_frozen:
+        return _CHANGING
+    size_bytes = math.prod(leaf.shape) * item_bytes(leaf.dtype)
+    return _LARGE_FROZEN if size_bytes >= _LARGE_FROM_BYTES else _SMALL_FROZEN
 
 
 def _lay_out(leaf: Leaf, offset: int) -> LeafLayout:

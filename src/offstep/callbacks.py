@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from offstep import commit, keras_state, policy
 from offstep.batches import Dispatch, Logs, StepCounter
-from offstep.checkpointer import check_max_to_keep
+from offstep.checkpointer import check_full_every, check_max_to_keep
 from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
 from offstep.errors import SaveTimeout
 from offstep.records import SaveStats
@@ -48,6 +49,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         copy_threads: Threads that copy a snapshot on the CPU backend.
         snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
         in_process: Write in a thread rather than in a process of its own.
+        skip_unchanged: Do not write frozen weights again: each checkpoint links a file with the variables that are not
+            trainable and have not changed since the first save. Two checkpoints then share these bytes on the disk.
+        full_every: With `skip_unchanged`, each how many saves everything is written anew; `None` only when it must be.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -79,6 +83,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         copy_threads: int = 2,
         snapshot_mode: Mode | None = None,
         in_process: bool = False,
+        skip_unchanged: bool = False,
+        full_every: int | None = None,
     ) -> None:
         filepath = os.fspath(filepath)
         _check_format(filepath)
@@ -91,7 +97,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if save_freq != "epoch" and int(save_freq) < 1:
             raise ValueError(f"save_freq must be 'epoch' or at least 1 batch. Received: save_freq={save_freq!r}")
         check_max_to_keep(max_to_keep)
-        options = Options(slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process)
+        check_full_every(full_every, is_skipping=skip_unchanged)
+        options = Options(
+            slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process, full_every=full_every
+        )
+        self._skip_unchanged = skip_unchanged
         self._template = policy.Template(filepath)
         root, kind = policy.split_target(self._template)
         self._root_template, self._holds_one_step = root, kind == "single"
@@ -302,6 +312,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         for note in state.notes:
             self._tell_once(note)
         leaves = [describe_leaf(path, array) for path, array in zip(state.paths, arrays, strict=True)]
+        if self._skip_unchanged:
+            first = len(self._model.trainable_variables)
+            frozen = range(first, first + len(self._model.non_trainable_variables))
+            leaves = [replace(leaf, is_frozen=index in frozen) for index, leaf in enumerate(leaves)]
         documents = None
         if state.config is not None:
             documents = {"config": state.config, "assets": {name: data.hex() for name, data in state.assets.items()}}

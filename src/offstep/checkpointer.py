@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class Checkpointer:
         copy_threads: Threads that copy a snapshot on the CPU backend.
         snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
         in_process: Write in a thread rather than in a process of its own.
+        skip_unchanged: Do not write again what stays as it is: each checkpoint links a file with the leaves that have
+            not changed since the first save. `True` looks at all leaves; a function is given a leaf's path, joined by
+            dots, and says whether to look at it. Two checkpoints then share a part of their bytes on the disk.
+        full_every: With `skip_unchanged`, each how many saves everything is written anew; `None` only when it must be.
 
     Raises:
         ValueError: an argument is out of range.
@@ -65,9 +70,16 @@ class Checkpointer:
         copy_threads: int = 2,
         snapshot_mode: Mode | None = None,
         in_process: bool = False,
+        skip_unchanged: bool | Callable[[str], bool] = False,
+        full_every: int | None = None,
     ) -> None:
         check_max_to_keep(max_to_keep)
-        self._engine = Engine(Options(slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process))
+        check_full_every(full_every, is_skipping=bool(skip_unchanged))
+        self._is_frozen = skip_unchanged if callable(skip_unchanged) else lambda _: skip_unchanged
+        options = Options(
+            slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process, full_every=full_every
+        )
+        self._engine = Engine(options)
         self.directory = Path(directory).absolute()
         self._max_to_keep = max_to_keep
         self._treedef: Any = None  # jax.tree_util.PyTreeDef
@@ -173,6 +185,7 @@ class Checkpointer:
         if () in paths:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
+        leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
         self._engine.open(leaves, arrays, empty_nodes=empty_nodes)
 
 
@@ -180,6 +193,12 @@ def check_max_to_keep(max_to_keep: int | None) -> None:
     """Raises a `ValueError` unless `max_to_keep` is `None` or at least 1."""
     if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
         raise ValueError(f"max_to_keep must be None or an integer of at least 1. Received: {max_to_keep!r}")
+
+
+def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:
+    """Raises a `ValueError` when everything is written every time anyway."""
+    if full_every is not None and not is_skipping:
+        raise ValueError(f"full_every is for skip_unchanged only. Received: {full_every!r}")
 
 
 def _check_step(step: int) -> int:

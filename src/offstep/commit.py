@@ -14,7 +14,10 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from offstep import _native
 
@@ -62,6 +65,25 @@ def probe_directory(directory: Path) -> None:
         raise OSError(error.errno, f"checkpoints cannot be saved here: {error.strerror}", str(directory)) from error
 
 
+@dataclass(frozen=True)
+class KnownFile:
+    """A file that will be recognised, also under another of its names.
+
+    Attributes:
+        identity: Device, inode, time of the last change of its contents (ns).
+    """
+
+    path: Path
+    size_bytes: int
+    identity: tuple[int, int, int]
+
+
+def identify(path: Path) -> KnownFile:
+    """Returns what tells the file at `path`, which is no link, from all others."""
+    found = path.lstat()
+    return KnownFile(path, found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns))
+
+
 class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 
@@ -100,8 +122,8 @@ class StagedDirectory:
         """Writes new files and returns their sizes in bytes.
 
         Args:
-            files: Relative POSIX path → parts. A first part that is a whole memory map, of at least 1 MiB and whole
-                pages, bypasses the page cache.
+            files: Relative POSIX path → parts. First parts that are whole pages of memory maps bypass the page cache
+                if they come to at least 1 MiB.
             io_threads: Writes in flight for such parts.
 
         Raises:
@@ -115,6 +137,25 @@ class StagedDirectory:
             self._descriptors.append(descriptor)
             sizes[name] = _write_parts(descriptor, parts, io_threads)
         return sizes
+
+    def link(self, name: str, file: KnownFile) -> int:
+        """Gives a file that is durable elsewhere a name in here too, and returns its size in bytes.
+
+        Args:
+            name: Relative POSIX path.
+            file: The file, which nobody must change any more.
+
+        Raises:
+            OSError: it is gone, or is another file by now, or the file system cannot link it to here.
+        """
+        path = self.path / name
+        self._make_directories(path.parent)
+        os.link(file.path, path, follow_symlinks=False)
+        linked = identify(path)
+        if linked.identity != file.identity:
+            path.unlink()
+            raise FileNotFoundError(errno.ENOENT, "the file has been replaced", str(file.path))
+        return linked.size_bytes
 
     def commit(self) -> None:
         """Makes everything written durable under the final name; an older directory of that name goes away.
@@ -191,12 +232,25 @@ def _create(path: Path, parts: Parts) -> int:
 
 
 def _is_large(parts: Parts) -> bool:
-    """Returns whether the first part can be written with O_DIRECT, which wants page-aligned memory."""
-    view = parts[0] if parts else b""
-    if not isinstance(view, memoryview) or not isinstance(view.obj, mmap.mmap):
+    """Returns whether enough of the first parts can be written with O_DIRECT, which wants page-aligned memory."""
+    return sum(len(part) for part in _take_pages(parts)) >= _DIRECT_FROM_BYTES
+
+
+def _take_pages(parts: Parts) -> list[memoryview]:
+    """Returns the first parts that are whole pages of memory maps."""
+    pages = []
+    for part in parts:
+        if not isinstance(part, memoryview) or not _is_whole_pages(part):
+            break
+        pages.append(part)
+    return pages
+
+
+def _is_whole_pages(view: memoryview) -> bool:
+    if not isinstance(view.obj, mmap.mmap) or view.nbytes % _ALIGNMENT or not view.nbytes:
         return False
-    size_bytes = view.nbytes
-    return size_bytes == len(view.obj) and size_bytes >= _DIRECT_FROM_BYTES and size_bytes % _ALIGNMENT == 0
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address % _ALIGNMENT == 0
 
 
 def _write_parts(descriptor: int, parts: Parts, io_threads: int) -> int:
@@ -217,11 +271,14 @@ def _write_parts(descriptor: int, parts: Parts, io_threads: int) -> int:
 
 
 def _write_large(descriptor: int, parts: Parts, io_threads: int) -> None:
-    body, *rest = parts
-    _native.write_at(descriptor, body, 0, _BLOCK_BYTES, io_threads)
-    tail = b"".join(rest)
+    pages = _take_pages(parts)
+    offset = 0
+    for part in pages:
+        _native.write_at(descriptor, part, offset, _BLOCK_BYTES, io_threads)
+        offset += len(part)
+    tail = b"".join(parts[len(pages) :])
     if tail:
-        _write_tail(descriptor, tail, len(body))
+        _write_tail(descriptor, tail, offset)
 
 
 def _write_tail(descriptor: int, tail: bytes, offset: int) -> None:

@@ -62,6 +62,7 @@ class Options:
     copy_threads: int = 2
     snapshot_mode: Mode | None = None
     in_process: bool = False
+    full_every: int | None = None
 
     def __post_init__(self) -> None:
         """Checks each option.
@@ -78,6 +79,9 @@ class Options:
         threads = self.copy_threads
         is_count = isinstance(threads, int) and 1 <= threads <= _MOST_COPY_THREADS
         _check(is_count, f"copy_threads must be an integer from 1 to {_MOST_COPY_THREADS}", threads)
+        every = self.full_every
+        is_every = every is None or (isinstance(every, int) and every >= 1)
+        _check(is_every, "full_every must be None or an integer of at least 1", every)
         modes = (None, "host", "device_copy")
         _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
 
@@ -369,6 +373,7 @@ class Engine:
             keep=target.keep,
             replace_all=target.replace_all,
             manifest=work.manifest | {"step": step},
+            full_every=self._options.full_every,
         )
         work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome))
         work.pending._submitted.set()
@@ -427,7 +432,8 @@ class Engine:
         error = outcome.get("error")
         if error is None:
             seconds = outcome["durable_at"] - work.started
-            pending._note(durable_seconds=seconds, cpu_seconds=outcome["cpu_seconds"])
+            costs = {name: outcome[name] for name in ("cpu_seconds", "written_bytes")}
+            pending._note(durable_seconds=seconds, **costs)
             self.counts.durable += 1
             if "remark" in outcome:
                 self._remarks.append(outcome["remark"])

@@ -26,6 +26,7 @@ class Leaf:
         shard_shape: Shape of one shard; equal to `shape` when the leaf is not sharded.
         sharding: Text that Orbax keeps in `_sharding` for this leaf; `None` for host arrays.
         prng_impl: Name of the PRNG implementation of a key array, else `None`.
+        is_frozen: Whether it is expected to stay as it is: then a checkpoint may refer to what an earlier one wrote.
     """
 
     path: tuple[PathKey, ...]
@@ -35,6 +36,7 @@ class Leaf:
     shard_shape: tuple[int, ...] = ()
     sharding: str | None = None
     prng_impl: str | None = None
+    is_frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -61,6 +63,11 @@ class LeafLayout:
     @property
     def chunk_count(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def end(self) -> int:
+        """Offset behind the last chunk and its padding."""
+        return self.offset + self.chunk_count * self.stride_bytes
 
     def chunk_ranges(self) -> Iterator[tuple[int, int]]:
         """Yields (offset, size) in the slot for each chunk with its checksum, in C order over the grid."""
@@ -90,6 +97,11 @@ class Plan:
             math.prod(layout.leaf.shape) * (layout.chunk_bytes // math.prod(layout.chunk_shape))
             for layout in self.leaves
         )
+
+    @cached_property
+    def frozen_offset(self) -> int:
+        """Where in a slot the frozen leaves begin, behind all others; a multiple of 4096."""
+        return min((layout.offset for layout in self.leaves if layout.leaf.is_frozen), default=self.slot_bytes)
 
     def to_json(self) -> dict[str, Any]:  # JSON objects
         """Returns a JSON-ready form, for the writer process."""
@@ -130,6 +142,7 @@ class Job:
         keep: How many of the newest steps of `root` stay; `None` keeps all.
         replace_all: Every other step of `root` goes once this one is durable.
         manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
+        full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
     """
 
     number: int
@@ -144,6 +157,7 @@ class Job:
     keep: int | None = None
     replace_all: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)  # JSON
+    full_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,7 @@ class SaveStats:
         wait_seconds: The part of `call_seconds` spent waiting for a free slot.
         durable_seconds: From the start of the call until the checkpoint was durable; `None` while pending or failed.
         cpu_seconds: CPU time that the writer spent on it; `None` while pending or failed.
+        written_bytes: Bytes of all files that were written for it, and not just linked; `None` while pending or failed.
         error: Message of the failure, else `None`.
     """
 
@@ -168,4 +183,5 @@ class SaveStats:
     wait_seconds: float
     durable_seconds: float | None = None
     cpu_seconds: float | None = None
+    written_bytes: int | None = None
     error: str | None = None

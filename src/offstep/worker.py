@@ -24,6 +24,7 @@ from typing import Any
 from offstep import catalog, commit, retention
 from offstep.buffers import Slot
 from offstep.formats import orbax_directory
+from offstep.formats.base_file import BaseFile, Split
 from offstep.records import Job, Plan
 from offstep.wire import Channel, Message
 
@@ -115,7 +116,7 @@ def _prepare(data: dict[str, Any]) -> orbax_directory.PreparedDirectory:
 def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
     try:
-        write_checkpoint(job, holdings.plans[job.plan], holdings.slots[job.slot])
+        written_bytes = write_checkpoint(job, holdings.plans[job.plan], holdings.slots[job.slot])
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         code = error.errno if isinstance(error, OSError) else None
         if code is None:
@@ -125,6 +126,7 @@ def _save(job: Job, holdings: _Holdings) -> Message:
         "job": job.number,
         "durable_at": time.monotonic(),
         "cpu_seconds": time.process_time() - cpu_start,
+        "written_bytes": written_bytes,
     }
     try:
         _retire(job)
@@ -133,8 +135,8 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     return answer
 
 
-def write_checkpoint(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap) -> None:
-    """Writes one snapshot and commits it.
+def write_checkpoint(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap) -> int:
+    """Writes one snapshot and commits it; returns the bytes of all files that were written, and not just linked.
 
     Raises:
         OSError: it is not durable; nothing that was there before is touched.
@@ -144,12 +146,35 @@ def write_checkpoint(job: Job, prepared: orbax_directory.PreparedDirectory, slot
         raise FileNotFoundError(errno.ENOENT, "the directory to save into has vanished", job.base)
     commit.make_root(root)
     with commit.StagedDirectory(target, tag=job.tag) as staged, memoryview(slot) as view:
-        files = orbax_directory.data_files(prepared, view, step=job.step, target=job.target, now_ns=time.time_ns())
+        split, linked = _split(staged, job, prepared.base, view)
+        files = orbax_directory.data_files(
+            prepared, view, step=job.step, target=job.target, now_ns=time.time_ns(), split=split
+        )
         sizes = staged.write(files, io_threads=_IO_THREADS)
         del files  # they refer to the slot
-        manifest = json.dumps(job.manifest | {"files": sizes}).encode()
-        staged.write({MANIFEST_NAME: (manifest,)})
+        manifest = json.dumps(job.manifest | {"files": sizes | linked}).encode()
+        sizes |= staged.write({MANIFEST_NAME: (manifest,)})
         staged.commit()
+    if prepared.base is not None and split is not None:
+        file = None if split.base is None else commit.identify(target / orbax_directory.base_path(split))
+        prepared.base.remember(split, file)
+    return sum(sizes.values())
+
+
+def _split(
+    staged: commit.StagedDirectory, job: Job, base: BaseFile | None, slot: memoryview
+) -> tuple[Split | None, dict[str, int]]:
+    """Spreads the slot over two files, and links the one that is there already: its name and size are returned."""
+    if base is None:
+        return None, {}
+    split = base.split(slot, full_every=job.full_every)
+    if not split.is_linked or base.file is None:
+        return split, {}
+    name = orbax_directory.base_path(split)
+    try:
+        return split, {name: staged.link(name, base.file)}
+    except OSError:  # deleted with its checkpoint, too many links, another file system, or one without links
+        return base.split_anew(slot), {}
 
 
 def _retire(job: Job) -> None:

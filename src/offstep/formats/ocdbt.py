@@ -1,14 +1,15 @@
 """Encodes an OCDBT database: the container in which TensorStore and Orbax keep arrays.
 
 The byte layout is TensorStore's, published with its sources as `tensorstore/kvstore/ocdbt/index.rst`. Written here are
-the `single` manifest kind, no compression, one version (generation 1) and one data file. That file begins with the
-values that the entries refer to, whoever put them there; the B+tree nodes follow at `node_offset`.
+the `single` manifest kind, no compression, one version (generation 1) and one or two data files. The own file begins
+with the values that the entries refer to, whoever put them there; the B+tree nodes follow at `node_offset`. The other
+one, the base, holds nothing but values, and other databases may refer to it as well.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -19,6 +20,9 @@ MAX_NODE_BYTES = 100_000_000
 DATA_FILE_BYTES = 34
 """Length of a data file's name: `d/` and 32 hex digits."""
 
+OWN_FILE, BASE_FILE = 0, 1
+"""Indices into the table of data files."""
+
 _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
 _HEAD_BYTES = 14
@@ -27,7 +31,6 @@ _MAX_INLINE_VALUE_BYTES = 1024
 _VERSION_TREE_ARITY_LOG2 = 4
 _GENERATION = 1
 _INLINE, _OUT_OF_LINE = 0, 1
-_ONLY_FILE = 0  # index into a data file table of one entry
 # Upper bound of what an entry costs beside its key and value: at most nine varints of a 63-bit number.
 _ENTRY_OVERHEAD_BYTES = 81
 
@@ -37,10 +40,11 @@ Crc32c = Callable[[bytes, int], int]
 
 @dataclass(frozen=True)
 class SlotRange:
-    """A value that lies in the data file itself."""
+    """A value that lies in a data file: the own one, or the base."""
 
     offset: int
     size: int
+    file: int = OWN_FILE
 
 
 Entry = tuple[bytes, bytes | SlotRange]
@@ -49,7 +53,7 @@ Entry = tuple[bytes, bytes | SlotRange]
 
 @dataclass(frozen=True)
 class _Node:
-    """One B+tree node, complete but for the name of the data file and the checksum.
+    """One B+tree node, complete but for the names of the data files and the checksum.
 
     `key_count`, `tree_bytes` and `value_bytes` (referred to, not inline) cover the whole subtree.
     """
@@ -69,19 +73,25 @@ class PreparedDatabase:
     """A database with all that stays the same from one save to the next, made by `prepare_database`."""
 
     nodes: tuple[_Node, ...]  # in file order: children first, the root last
+    file_count: int = 1
 
     def encode(
-        self, *, data_file: str, uuid: bytes, commit_time_ns: int, crc32c: Crc32c
+        self, *, data_file: str, base_file: str | None = None, uuid: bytes, commit_time_ns: int, crc32c: Crc32c
     ) -> tuple[tuple[bytes, ...], bytes]:
-        """Returns the bytes that follow the values in the data file, in parts to be joined, and the manifest.
+        """Returns the bytes that follow the values in the own data file, in parts to be joined, and the manifest.
 
         Costs one pass of `crc32c` over the nodes; nothing of their size is copied.
+
+        Raises:
+            ValueError: a file's name has not the usual length, or there is one too many or too few.
         """
-        if len(data_file) != DATA_FILE_BYTES:
-            raise ValueError(
-                f"data file name {data_file!r} has {len(data_file)} characters, expected {DATA_FILE_BYTES}"
-            )
-        table = _encode_file_table(data_file)
+        names = [data_file] if base_file is None else [data_file, base_file]
+        if len(names) != self.file_count:
+            raise ValueError(f"the database refers to {self.file_count} data files, got {names}")
+        for name in names:
+            if len(name) != DATA_FILE_BYTES:
+                raise ValueError(f"data file name {name!r} has {len(name)} characters, expected {DATA_FILE_BYTES}")
+        table = _encode_file_table(names)
         parts = tuple(part for node in self.nodes for part in _encode_node(node, table, crc32c))
         return parts, _encode_manifest(self.nodes[-1], table, uuid, commit_time_ns, crc32c)
 
@@ -114,20 +124,21 @@ def prepare_database(
         ValueError: there are no entries, or they are not in order.
     """
     _check_order([key for key, _ in entries])
+    file_count = 1 + max((value.file for _, value in entries if isinstance(value, SlotRange)), default=OWN_FILE)
     nodes: list[_Node] = []
     offset = node_offset
     for group in _split(entries, _entry_bytes, max_node_bytes, at_least=1):
-        nodes.append(_make_leaf_node(group, offset))
+        nodes.append(_make_leaf_node(group, offset, file_count))
         offset += nodes[-1].size
     level = list(nodes)
     while len(level) > 1:
         parents = []
         for children in _split(level, _child_bytes, max_node_bytes, at_least=2):
-            parents.append(_make_interior_node(children, offset))
+            parents.append(_make_interior_node(children, offset, file_count))
             offset += parents[-1].size
         nodes += parents
         level = parents
-    return PreparedDatabase(tuple(nodes))
+    return PreparedDatabase(tuple(nodes), file_count)
 
 
 def _check_order(keys: Sequence[bytes]) -> None:
@@ -166,7 +177,7 @@ def _child_bytes(child: _Node) -> int:
     return len(child.first_key) + _ENTRY_OVERHEAD_BYTES
 
 
-def _make_leaf_node(entries: Sequence[Entry], offset: int) -> _Node:
+def _make_leaf_node(entries: Sequence[Entry], offset: int, file_count: int) -> _Node:
     values = [value for _, value in entries]
     inline = [value for value in values if isinstance(value, bytes)]
     ranges = [value for value in values if isinstance(value, SlotRange)]
@@ -178,14 +189,15 @@ def _make_leaf_node(entries: Sequence[Entry], offset: int) -> _Node:
         suffixes,
         _varints(len(value) if isinstance(value, bytes) else value.size for value in values),
         bytes(_INLINE if isinstance(value, bytes) else _OUT_OF_LINE for value in values),
-        _varints(_ONLY_FILE for _ in ranges),
+        _varints(value.file for value in ranges),
         _varints(value.offset for value in ranges),
         *inline,
     )
-    return _make_node(0, entries[0][0], columns, offset, (len(entries), 0, sum(value.size for value in ranges)))
+    statistics = (len(entries), 0, sum(value.size for value in ranges))
+    return _make_node(0, entries[0][0], columns, offset, statistics, file_count)
 
 
-def _make_interior_node(children: Sequence[_Node], offset: int) -> _Node:
+def _make_interior_node(children: Sequence[_Node], offset: int, file_count: int) -> _Node:
     prefixes, suffix_lengths, suffixes = _encode_keys([child.first_key for child in children])
     columns = (
         _varint(len(children)),
@@ -194,7 +206,7 @@ def _make_interior_node(children: Sequence[_Node], offset: int) -> _Node:
         # No prefix is taken away from the keys of the subtrees, so that a node does not depend on its siblings.
         _varints(0 for _ in children),
         suffixes,
-        _varints(_ONLY_FILE for _ in children),
+        _varints(OWN_FILE for _ in children),
         _varints(child.offset for child in children),
         _varints(child.size for child in children),
         _varints(child.key_count for child in children),
@@ -205,15 +217,21 @@ def _make_interior_node(children: Sequence[_Node], offset: int) -> _Node:
     tree_bytes = sum(child.tree_bytes for child in children)
     value_bytes = sum(child.value_bytes for child in children)
     height = children[0].height + 1
-    return _make_node(height, children[0].first_key, columns, offset, (key_count, tree_bytes, value_bytes))
+    statistics = (key_count, tree_bytes, value_bytes)
+    return _make_node(height, children[0].first_key, columns, offset, statistics, file_count)
 
 
 def _make_node(
-    height: int, first_key: bytes, columns: Sequence[bytes], offset: int, statistics: tuple[int, int, int]
+    height: int,
+    first_key: bytes,
+    columns: Sequence[bytes],
+    offset: int,
+    statistics: tuple[int, int, int],
+    file_count: int,
 ) -> _Node:
     """`statistics`: keys, node bytes below this node, value bytes."""
     joined = b"".join(columns)
-    table_bytes = len(_encode_file_table("-" * DATA_FILE_BYTES))
+    table_bytes = len(_encode_file_table(["-" * DATA_FILE_BYTES] * file_count))
     size = _HEAD_BYTES + 1 + table_bytes + len(joined) + _CRC_BYTES
     key_count, bytes_below, value_bytes = statistics
     return _Node(height, first_key, joined, offset, size, key_count, size + bytes_below, value_bytes)
@@ -247,7 +265,7 @@ def _encode_manifest(root: _Node, table: bytes, uuid: bytes, commit_time_ns: int
         bytes([_VERSION_TREE_ARITY_LOG2]),
         _varint(0),  # compression: none
     )
-    numbers = (_ONLY_FILE, root.offset, root.size, root.key_count, root.tree_bytes, root.value_bytes)
+    numbers = (OWN_FILE, root.offset, root.size, root.key_count, root.tree_bytes, root.value_bytes)
     versions = (
         _varint(1),  # number of versions
         _varint(_GENERATION),
@@ -266,10 +284,11 @@ def _encode_head(magic: int, size: int) -> bytes:
     return struct.pack(">I", magic) + struct.pack("<Q", size) + b"\0\0"
 
 
-def _encode_file_table(data_file: str) -> bytes:
-    """A table of one file; no part of its path is handed down to nodes below."""
-    path = data_file.encode("ascii")
-    return _varint(1) + _varint(len(path)) + _varint(0) + path
+def _encode_file_table(names: Sequence[str]) -> bytes:
+    """A table of files, none of which shares a prefix with the one before or hands a part of its path down."""
+    paths = [name.encode("ascii") for name in names]
+    prefixes, base_lengths = _varints([0] * (len(paths) - 1)), _varints([0] * len(paths))
+    return _varint(len(paths)) + prefixes + _varints(map(len, paths)) + base_lengths + b"".join(paths)
 
 
 def _varint(value: int) -> bytes:
@@ -282,5 +301,5 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _varints(values: Iterator[int] | Sequence[int]) -> bytes:
+def _varints(values: Iterable[int]) -> bytes:
     return b"".join(map(_varint, values))

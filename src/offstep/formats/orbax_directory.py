@@ -13,14 +13,15 @@ import re
 import struct
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from offstep._native import crc32c
 from offstep.errors import UnsupportedLeaf
-from offstep.formats.ocdbt import Entry, PreparedDatabase, SlotRange, prepare_database
+from offstep.formats.base_file import BaseFile, Run, Split, frozen_layouts
+from offstep.formats.ocdbt import BASE_FILE, OWN_FILE, Entry, PreparedDatabase, SlotRange, prepare_database
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
 DTYPES = frozenset(
@@ -76,13 +77,20 @@ class _ArrayItem:
 
 @dataclass(frozen=True)
 class PreparedDirectory:
-    """What is the same in every checkpoint of one plan, made by `prepare`."""
+    """What is the same in every checkpoint of one plan, made by `prepare`.
+
+    Attributes:
+        base: Remembers which frozen leaves are written already; `None` when no leaf is frozen.
+        spread: The state's item as the last split has it.
+    """
 
     items: tuple[str, ...]
     constant_files: Mapping[str, bytes]
     state: _ArrayItem
     assets: _ArrayItem | None
     assets_image: bytes
+    base: BaseFile | None = None
+    spread: dict[tuple[Run, ...], _ArrayItem] = field(default_factory=dict)
 
 
 def check_leaves(leaves: Iterable[Leaf]) -> None:
@@ -122,13 +130,27 @@ def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
         assets_plan, image = _pack_assets(documents.assets)
         files[f"{_ASSETS}/_METADATA"] = _encode_tree(assets_plan)
         assets = _prepare_item(_ASSETS, assets_plan)
-    return PreparedDirectory(tuple(sorted(items)), files, _prepare_item(_STATE, plan), assets, image)
+    base = BaseFile(plan) if frozen_layouts(plan) else None
+    return PreparedDirectory(tuple(sorted(items)), files, _prepare_item(_STATE, plan), assets, image, base)
+
+
+def base_path(split: Split) -> str:
+    """Returns the relative path of the base in the checkpoint's directory."""
+    return f"{_STATE}/{split.base}"
 
 
 def data_files(
-    prepared: PreparedDirectory, slot: memoryview, *, step: int, target: str, now_ns: int
+    prepared: PreparedDirectory,
+    slot: memoryview,
+    *,
+    step: int,
+    target: str,
+    now_ns: int,
+    split: Split | None = None,
 ) -> dict[str, Parts]:
     """Returns all files of the checkpoint by relative path; `slot` itself is the first part of the data file.
+
+    With a `split`, only its first part is; the others are in the base, which is left out if it is to be linked.
 
     Args:
         prepared: Made for the plan that describes the slot.
@@ -136,18 +158,24 @@ def data_files(
         step: Training step.
         target: Final absolute path of the checkpoint, which Orbax repeats in its success markers.
         now_ns: Time of the save since the epoch.
+        split: How the slot is spread over two data files.
     """
     if slot.nbytes != prepared.state.image_bytes:
         raise ValueError(f"the slot has {slot.nbytes} bytes, its plan says {prepared.state.image_bytes}")
     files = document_files(prepared, step=step, target=target, now_ns=now_ns)
-    return files | _database_files(prepared.state, slot, now_ns)
+    if split is None:
+        return files | _database_files(prepared.state, (slot,), now_ns)
+    if split.base is not None and not split.is_linked:
+        files[base_path(split)] = split.pieces(slot, BASE_FILE)
+    own = split.pieces(slot, OWN_FILE)
+    return files | _database_files(_spread(prepared, split), own, now_ns, split.base)
 
 
 def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_ns: int) -> dict[str, Parts]:
     """Returns what `data_files` does, except the database with the arrays of the state."""
     files: dict[str, Parts] = {path: (content,) for path, content in prepared.constant_files.items()}
     if prepared.assets is not None:
-        files |= _database_files(prepared.assets, memoryview(prepared.assets_image), now_ns)
+        files |= _database_files(prepared.assets, (memoryview(prepared.assets_image),), now_ns)
     for item in prepared.items:
         files[f"{item}/commit_success.txt"] = (_success_text(f"{target}/{item}"),)
     files["_CHECKPOINT_METADATA"] = (_encode_step_metadata(prepared.items, now_ns),)
@@ -186,12 +214,24 @@ def _value_bytes(value: bytes | SlotRange, slot: memoryview) -> bytes:
     return bytes(slot[value.offset : value.offset + value.size])
 
 
-def _database_files(item: _ArrayItem, image: memoryview, now_ns: int) -> dict[str, Parts]:
+def _database_files(
+    item: _ArrayItem, values: Sequence[memoryview], now_ns: int, base: str | None = None
+) -> dict[str, Parts]:
     data_file = f"d/{os.urandom(16).hex()}"
     nodes, manifest = item.database.encode(
-        data_file=data_file, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
+        data_file=data_file, base_file=base, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
     )
-    return {f"{item.name}/{data_file}": (image, *nodes), f"{item.name}/manifest.ocdbt": (manifest,)}
+    return {f"{item.name}/{data_file}": (*values, *nodes), f"{item.name}/manifest.ocdbt": (manifest,)}
+
+
+def _spread(prepared: PreparedDirectory, split: Split) -> _ArrayItem:
+    """Returns the state's item as it is when its slot lies in several data files."""
+    if split.runs not in prepared.spread:
+        prepared.spread.clear()
+        entries = tuple(split.move(prepared.state.entries))
+        database = prepare_database(entries, node_offset=split.own_bytes)
+        prepared.spread[split.runs] = replace(prepared.state, entries=entries, database=database)
+    return prepared.spread[split.runs]
 
 
 def _prepare_item(name: str, plan: Plan) -> _ArrayItem:
