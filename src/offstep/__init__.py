@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from offstep.errors import (
     BudgetExceeded,
+    CheckpointDamaged,
     CheckpointNotFound,
     OffstepError,
     SaveFailed,
     SaveTimeout,
     StructureMismatch,
+    UnsupportedFormat,
     UnsupportedLeaf,
     WriterDied,
 )
@@ -19,24 +21,33 @@ from offstep.errors import (
 if TYPE_CHECKING:
     from offstep.callbacks import ModelCheckpoint
     from offstep.checkpointer import Checkpointer
+    from offstep.discovery import best, latest
     from offstep.engine import PendingSave
     from offstep.records import SaveStats
+    from offstep.restoration import RestoreReport, read, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetExceeded",
+    "CheckpointDamaged",
     "CheckpointNotFound",
     "Checkpointer",
     "ModelCheckpoint",
     "OffstepError",
     "PendingSave",
+    "RestoreReport",
     "SaveFailed",
     "SaveStats",
     "SaveTimeout",
     "StructureMismatch",
+    "UnsupportedFormat",
     "UnsupportedLeaf",
     "WriterDied",
+    "best",
+    "latest",
+    "read",
+    "restore",
 ]
 
 # Imported on first use: the writer process imports this package too, and must not wait for Keras and JAX.
@@ -44,7 +55,12 @@ _MODULES = {
     "Checkpointer": "offstep.checkpointer",
     "ModelCheckpoint": "offstep.callbacks",
     "PendingSave": "offstep.engine",
+    "RestoreReport": "offstep.restoration",
     "SaveStats": "offstep.records",
+    "best": "offstep.discovery",
+    "latest": "offstep.discovery",
+    "read": "offstep.restoration",
+    "restore": "offstep.restoration",
 }
 
 

@@ -14,6 +14,7 @@ import jax
 from offstep import catalog, commit
 from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
 from offstep.errors import CheckpointNotFound, SaveTimeout, UnsupportedLeaf
+from offstep.leaf_paths import list_paths, path_keys
 from offstep.records import PathKey, SaveStats
 from offstep.snapshot import Mode, describe_leaf
 
@@ -181,7 +182,7 @@ class Checkpointer:
         empty_nodes = _empty_nodes(tree)
         if not arrays:
             raise UnsupportedLeaf(f"the tree holds no array. Received: {tree!r}")
-        paths = [_path_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        paths = list_paths(tree)
         if () in paths:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
@@ -218,18 +219,6 @@ def _check_metrics(metrics: dict[str, float]) -> dict[str, float]:
         raise ValueError(f"metrics must be a dict of numbers. Received: {metrics!r}") from None
 
 
-def _path_keys(path: Sequence[Any]) -> tuple[PathKey, ...]:  # of jax.tree_util's key types
-    return tuple(_path_key(key) for key in path)
-
-
-def _path_key(key: Any) -> PathKey:
-    if isinstance(key, jax.tree_util.SequenceKey):
-        return int(key.idx)
-    if isinstance(key, jax.tree_util.FlattenedIndexKey):
-        return int(key.key)
-    return str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.key)
-
-
 def _empty_nodes(tree: Tree) -> list[tuple[tuple[PathKey, ...], str]]:
     """Returns the empty containers of a tree with Orbax's names for them; Orbax wants an entry for each."""
 
@@ -237,7 +226,7 @@ def _empty_nodes(tree: Tree) -> list[tuple[tuple[PathKey, ...], str]]:
         return node is None or (isinstance(node, (dict, list, tuple)) and not node)
 
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_empty)
-    return [(_path_keys(path), _empty_kind(node, path)) for path, node in found if is_empty(node)]
+    return [(path_keys(path), _empty_kind(node, path)) for path, node in found if is_empty(node)]
 
 
 def _empty_kind(node: Tree, path: Sequence[Any]) -> str:

@@ -7,6 +7,8 @@ OffstepError
 ├── BudgetExceeded      (also MemoryError)   one snapshot does not fit the host memory budget
 ├── UnsupportedLeaf     (also TypeError)     a leaf that no checkpoint reader could read back
 ├── StructureMismatch   (also ValueError)    checkpoint and target differ in leaves or shapes
+├── CheckpointDamaged   (also OSError)       a checksum, a length or a file of a checkpoint is wrong
+├── UnsupportedFormat   (also ValueError)    not a checkpoint, or one that a newer version wrote
 └── CheckpointNotFound  (also FileNotFoundError)  nothing committed where it was looked for
 """
 
@@ -39,6 +41,14 @@ class UnsupportedLeaf(OffstepError, TypeError):
 
 class StructureMismatch(OffstepError, ValueError):
     """A checkpoint and the structure to restore into do not agree."""
+
+
+class CheckpointDamaged(OffstepError, OSError):
+    """A checkpoint is not what was written: a checksum is wrong, a file truncated or missing."""
+
+
+class UnsupportedFormat(OffstepError, ValueError):
+    """What was given is not a checkpoint, or one that a newer version of offstep wrote."""
 
 
 class CheckpointNotFound(OffstepError, FileNotFoundError):

@@ -142,7 +142,7 @@ def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) 
     # Within `fit` Keras takes the values out of the variables, and keeps them in `_jax_state` between two steps.
     detached: Mapping[str, list[jax.Array]] = {}
     if not hasattr(model, "_jax_state"):
-        _attach_values(model)
+        attach_values(model)
     elif as_trained or is_detached(model):
         detached = model._jax_state or {}
     variables = [list_variables(model, group) for group in groups]
@@ -153,7 +153,7 @@ def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) 
     ]
 
 
-def _attach_values(model: Model) -> None:
+def attach_values(model: Model) -> None:
     """Makes the variables hold their current values."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
@@ -162,6 +162,15 @@ def _attach_values(model: Model) -> None:
 def _values(variables: Iterable[Variable]) -> list[jax.Array]:
     # `value` costs twenty times as much as `_value`.
     return [value if (value := getattr(v, "_value", None)) is not None else _public_value(v) for v in variables]
+
+
+def value_of(variable: Variable) -> jax.Array:
+    """Returns the array that a variable holds.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    return _values([variable])[0]
 
 
 def _public_value(variable: Variable) -> jax.Array:
@@ -194,7 +203,7 @@ def describe_state(model: Model, *, weights_only: bool = False) -> KerasState:
         paths = tuple(v.path for v in live)
         _check_paths(paths)
         return KerasState(paths, _find_empty_nodes(paths, WEIGHT_GROUPS))
-    _attach_values(model)  # an optimizer's config holds the value of its learning rate
+    attach_values(model)  # an optimizer's config holds the value of its learning rate
     saving_lib = find_saving_lib()
     config, reason = serialize_model(model, saving_lib)
     rebuilt = Rebuilt(None, reason) if config is None else rebuild_inventory(model, config)

@@ -1,0 +1,183 @@
+"""Finds checkpoints in a directory, whatever their format, and opens them for reading."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from offstep import catalog
+from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.formats.keras_reader import SUFFIXES, KerasReader
+from offstep.formats.orbax_reader import OrbaxReader, find_item
+from offstep.stored import Reader
+
+_STEP_NAME = re.compile(r"0|[1-9][0-9]*")
+READ_THREADS = max(1, min(8, os.cpu_count() or 1))
+
+
+def open_checkpoint(path: Path) -> Reader:
+    """Opens one checkpoint.
+
+    Raises:
+        CheckpointNotFound: there is nothing.
+        UnsupportedFormat: it is no checkpoint, or one of a newer version.
+        CheckpointDamaged: it is not what was written, as far as its index and the sizes of its files tell.
+    """
+    if not path.exists():
+        raise CheckpointNotFound(f"{path} does not exist")
+    if path.is_dir():
+        return OrbaxReader(path)
+    if path.name.endswith(SUFFIXES):
+        return KerasReader(path)
+    raise UnsupportedFormat(
+        f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
+        f"{', '.join(SUFFIXES)}"
+    )
+
+
+def open_newest(path: Path, *, verify: bool) -> Reader:
+    """Opens the checkpoint at `path`, or the newest valid one of the directory `path`.
+
+    A newer one that is damaged is passed over with a warning. With `verify` its checksums count too.
+
+    Raises:
+        CheckpointNotFound: there is nothing, or nothing valid.
+        UnsupportedFormat, CheckpointDamaged: see `open_checkpoint`; for a single checkpoint only.
+    """
+    if is_checkpoint(path) or not path.is_dir():
+        return _open_verified(path, verify=verify)
+    reader = next(_open_valid(path, verify=verify), None)
+    if reader is None:
+        raise CheckpointNotFound(_describe_nothing(path))
+    return reader
+
+
+def latest(directory: str | os.PathLike[str], *, verify: bool = False) -> Path | None:
+    """Returns the newest valid checkpoint of a directory, whatever its format; `None` where there is none.
+
+    Steps count by their number, all others by the time at which they were committed. One that is damaged is passed
+    over with a warning that names it: its index cannot be read, or a file is missing or too short.
+
+    Args:
+        directory: Of steps, of files that Keras reads, or of such directories; it need not exist.
+        verify: Read all of it and check every checksum too.
+    """
+    for reader in _open_valid(Path(directory), verify=verify):
+        reader.close()
+        return reader.path
+    return None
+
+
+def best(
+    directory: str | os.PathLike[str],
+    monitor: str = "val_loss",
+    mode: Literal["auto", "min", "max"] = "auto",
+    *,
+    verify: bool = False,
+) -> Path | None:
+    """Returns the valid checkpoint with the best value of a metric; `None` where there is no checkpoint.
+
+    A value that is not finite is never best; of equal values the newest checkpoint's is.
+
+    Args:
+        directory: See `latest`.
+        monitor: Name of the metric, as it was in the logs or in `Checkpointer.save(metrics=...)`.
+        mode: Whether less or more is better; `"auto"` takes more for names with `acc`, `auc` or `f1`, else less.
+        verify: See `latest`.
+
+    Raises:
+        ValueError: there are checkpoints, but none with that metric; or the mode is unknown.
+    """
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f"mode must be 'auto', 'min' or 'max'. Received: {mode!r}")
+    sign = 1.0 if mode == "max" or (mode == "auto" and _is_gain(monitor)) else -1.0
+    found: Path | None = None
+    value = -math.inf
+    seen: set[str] = set()
+    count = 0
+    for reader in _open_valid(Path(directory), verify=verify):
+        reader.close()
+        count += 1
+        metrics = read_metrics(reader.contents.manifest)
+        seen |= set(metrics)
+        current = sign * metrics.get(monitor, math.nan)
+        if math.isfinite(current) and current > value:  # newest first: an older one has to be better
+            found, value = reader.path, current
+    if count and monitor not in seen:
+        raise ValueError(
+            f"none of the {count} checkpoints in {directory} has the metric {monitor!r}; they have "
+            f"{sorted(seen) or 'none'}"
+        )
+    return found
+
+
+def read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:  # JSON
+    """Returns the metrics that a checkpoint carries."""
+    metrics = manifest.get("metrics") or {}
+    return {str(name): float(value) for name, value in metrics.items() if isinstance(value, (int, float, str))}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether `path` is one checkpoint rather than a directory of them."""
+    return path.is_file() if not path.is_dir() else find_item(path) is not None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Returns what looks like committed checkpoints in a directory, newest first."""
+    steps = [directory / str(step) for step in reversed(catalog.list_steps(directory))]
+    if steps:
+        return steps
+    found: list[tuple[int, Path]] = []
+    for entry in _list_entries(directory):
+        is_file = entry.is_file() and entry.name.endswith(SUFFIXES)
+        if is_file or (entry.is_dir() and is_checkpoint(entry)):
+            found.append((entry.stat().st_mtime_ns, entry))
+        elif entry.is_dir():
+            inner = (entry / str(step) for step in catalog.list_steps(entry))
+            found += [(step.stat().st_mtime_ns, step) for step in inner]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _list_entries(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return [entry for entry in directory.iterdir() if not entry.name.startswith(".") and "-tmp" not in entry.name]
+
+
+def _open_valid(directory: Path, *, verify: bool) -> Iterator[Reader]:
+    for path in list_checkpoints(directory):
+        try:
+            reader = _open_verified(path, verify=verify)
+        except (CheckpointDamaged, UnsupportedFormat) as error:
+            warnings.warn(f"{path} is passed over: {error}", RuntimeWarning, stacklevel=4)
+        else:
+            yield reader
+
+
+def _open_verified(path: Path, *, verify: bool) -> Reader:
+    reader = open_checkpoint(path)
+    try:
+        if verify:
+            reader.verify(reader.contents.leaves, READ_THREADS)
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+def _is_gain(monitor: str) -> bool:
+    # As in Keras 2 and in most people's heads; the model, which Keras 3 asks, is not here.
+    return any(part in monitor for part in ("acc", "auc", "f1"))
+
+
+def _describe_nothing(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return f"{path} is empty: no checkpoint was committed there"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{path} holds no valid checkpoint, only {shown}"

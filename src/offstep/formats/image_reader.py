@@ -1,0 +1,316 @@
+"""Reads arrays straight out of an OCDBT database that holds plain chunks, as `orbax_directory` writes it.
+
+Each chunk is the raw bytes followed by their CRC-32C. Chunks that lie close together in a file are fetched with one
+read, so that thousands of small leaves cost a few system calls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from offstep._native import crc32c
+from offstep.errors import CheckpointDamaged
+from offstep.formats.ocdbt_index import FileRange, Index, UnknownLayout
+from offstep.records import CRC_BYTES
+from offstep.stored import Region, StoredLeaf, as_dtype
+
+ALIGNMENT = 64
+"""Of the memory of whole arrays, which lets XLA take them as they are."""
+
+_RUN_BYTES = 4 << 20
+_RUN_GAP_BYTES = 4096
+_BLOCK_BYTES = 1 << 20  # of a check: what has been read is still in the cache when its checksum is taken
+
+
+@dataclass(frozen=True)
+class ChunkedArray:
+    """What an array's `zarr.json` says."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_shape: tuple[int, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(-(-whole // part) for whole, part in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunk_shape) * as_dtype(self.dtype).itemsize
+
+
+class _Cut(NamedTuple):
+    """Which part of a chunk fills which part of a region."""
+
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
+
+
+class _Piece(NamedTuple):
+    """One chunk to be fetched for a region; all of both where there is no cut."""
+
+    leaf: StoredLeaf
+    file: str
+    offset: int
+    size: int
+    number: int
+    chunk_shape: tuple[int, ...]
+    cut: _Cut | None
+
+
+@lru_cache(maxsize=4096)  # a model has thousands of leaves and a few dozen shapes
+def parse_array(document: bytes) -> ChunkedArray:
+    """Reads a `zarr.json`.
+
+    Raises:
+        UnknownLayout: its chunks are not plain bytes with a CRC-32C behind them.
+    """
+    data = json.loads(document)
+    grid, encoding = data["chunk_grid"], data["chunk_key_encoding"]
+    codecs = [(codec["name"], codec.get("configuration", {}).get("endian", "little")) for codec in data["codecs"]]
+    is_plain = codecs == [("bytes", "little"), ("crc32c", "little")]
+    separator = encoding.get("configuration", {}).get("separator", "/")
+    if not is_plain or grid["name"] != "regular" or (encoding["name"], separator) != ("default", "/"):
+        raise UnknownLayout(f"codecs {codecs}, grid {grid['name']}, keys {encoding['name']}")
+    if not isinstance(data["data_type"], str):
+        raise UnknownLayout(f"data type {data['data_type']}")
+    return ChunkedArray(tuple(data["shape"]), data["data_type"], tuple(grid["configuration"]["chunk_shape"]))
+
+
+class ImageReader:
+    """The arrays of one OCDBT database in plain chunks.
+
+    Args:
+        database: Its directory.
+        index: What `read_index` returned for it.
+
+    Raises:
+        UnknownLayout: an array is stored in another way.
+        CheckpointDamaged: a data file is missing or shorter than its index says.
+    """
+
+    def __init__(self, database: Path, index: Index) -> None:
+        self._database = database
+        self._index = index
+        ending = b"/zarr.json"
+        documents = [(key, value) for key, value in index.items() if key.endswith(ending)]
+        self.arrays: Mapping[str, ChunkedArray] = {
+            key[: -len(ending)].decode(): parse_array(_inline(value)) for key, value in documents
+        }
+        self._descriptors: dict[str, int] = {}
+        try:
+            self._open_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the data files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def read(self, wanted: Sequence[tuple[str, Region]], threads: int) -> list[np.ndarray]:
+        """Returns regions of the named arrays; see `stored.Reader.read`."""
+        pieces: list[_Piece] = []
+        results: list[np.ndarray] = []
+        for number, (name, region) in enumerate(wanted):
+            found = list(self._pieces(name, region, number))
+            pieces += found
+            is_view = len(found) == 1 and found[0].cut is None
+            results.append(_NOTHING if is_view else aligned_empty(region.shape, as_dtype(region.leaf.dtype)))
+        run_all(lambda run: self._fetch(run, results), _group(pieces), threads)
+        return results
+
+    def verify(self, names: Iterable[tuple[str, StoredLeaf]], threads: int) -> None:
+        """Checks the chunks of the named arrays; see `stored.Reader.verify`."""
+        pieces = [piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0)]
+        run_all(self._check, _group(pieces), threads)
+
+    def _open_files(self) -> None:
+        ends: dict[str, int] = {}
+        for value in self._index.values():
+            if isinstance(value, FileRange):
+                ends[value.file] = max(ends.get(value.file, 0), value.offset + value.size)
+        for name, end in ends.items():
+            path = self._database / name
+            try:
+                self._descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise CheckpointDamaged(f"{path} is missing; restore another checkpoint") from error
+            size = os.fstat(self._descriptors[name]).st_size
+            if size < end:
+                raise CheckpointDamaged(
+                    f"{path} is truncated: it has {size} bytes, expected at least {end}; restore another checkpoint"
+                )
+
+    def _pieces(self, name: str, region: Region, number: int) -> Iterator[_Piece]:
+        array = self.arrays[name]
+        if 0 in array.shape:
+            return
+        if array.chunk_shape == array.shape and region.is_whole:
+            place = self._place(name, (0,) * len(array.shape), region.leaf)
+            yield _Piece(region.leaf, *place, number, array.chunk_shape, None)
+            return
+        axes = list(zip(region.box, array.chunk_shape, strict=True))
+        for position in product(*(range(start // part, -(-stop // part)) for (start, stop), part in axes)):
+            place = self._place(name, position, region.leaf)
+            yield _Piece(region.leaf, *place, number, array.chunk_shape, _cut(position, axes))
+
+    def _place(self, name: str, position: tuple[int, ...], leaf: StoredLeaf) -> tuple[str, int, int]:
+        value = self._index.get("/".join([name, "c", *map(str, position)]).encode())
+        if value is None:
+            raise CheckpointDamaged(f"{leaf.name}: a part of it is missing in {self._database}; restore another one")
+        if isinstance(value, bytes):
+            raise UnknownLayout(f"{name}: a chunk inside of the index")
+        return value.file, value.offset, value.size
+
+    # ------------------------------------------------------------------------------------------------- fetching
+
+    def _fetch(self, run: list[_Piece], results: list[np.ndarray]) -> None:
+        """Fills the regions of neighbouring chunks. Any thread; no two runs share a part of a region."""
+        if len(run) == 1 and run[0].cut is not None:
+            part = results[run[0].number][run[0].cut.target]
+            if part.flags.c_contiguous and _is_leading(run[0]):
+                self._read_into(part, run[0])
+                return
+        for piece, chunk in self._load(run):
+            if piece.cut is None:
+                results[piece.number] = chunk
+            else:
+                results[piece.number][piece.cut.target] = chunk[piece.cut.source]
+
+    def _load(self, run: list[_Piece]) -> Iterator[tuple[_Piece, np.ndarray]]:
+        """Reads neighbouring chunks at once and yields each after checking it."""
+        start, stop = run[0].offset, run[-1].offset + run[-1].size
+        # Chunks lie on multiples of 64 in the file: they shall do so in memory too.
+        memory = aligned_empty((stop - start,), np.dtype(np.uint8), phase=start % ALIGNMENT)
+        self._read_fully(run[0], [memory], start)
+        for piece in run:
+            raw = memory[piece.offset - start : piece.offset - start + piece.size]
+            body, checksum = raw[:-CRC_BYTES], raw[-CRC_BYTES:]
+            self._compare(piece, crc32c(body), checksum.tobytes())
+            yield piece, body.view(as_dtype(piece.leaf.dtype)).reshape(piece.chunk_shape)
+
+    def _read_into(self, part: np.ndarray, piece: _Piece) -> None:
+        """Reads a chunk to where it belongs; what pads it is checked and dropped."""
+        body = part.reshape(-1).view(np.uint8)
+        rest = np.empty(piece.size - body.nbytes, np.uint8)
+        self._read_fully(piece, [body, rest], piece.offset)
+        crc = crc32c(rest[:-CRC_BYTES], crc32c(body))
+        self._compare(piece, crc, rest[-CRC_BYTES:].tobytes())
+
+    def _check(self, run: list[_Piece]) -> None:
+        if len(run) > 1:
+            for _ in self._load(run):
+                pass
+            return
+        piece = run[0]
+        block = np.empty(min(_BLOCK_BYTES, piece.size), np.uint8)
+        crc = 0
+        for at in range(0, piece.size - CRC_BYTES, _BLOCK_BYTES):
+            part = block[: min(_BLOCK_BYTES, piece.size - CRC_BYTES - at)]
+            self._read_fully(piece, [part], piece.offset + at)
+            crc = crc32c(part, crc)
+        checksum = np.empty(CRC_BYTES, np.uint8)
+        self._read_fully(piece, [checksum], piece.offset + piece.size - CRC_BYTES)
+        self._compare(piece, crc, checksum.tobytes())
+
+    def _read_fully(self, piece: _Piece, buffers: list[np.ndarray], offset: int) -> None:
+        pending = [buffer.data for buffer in buffers if buffer.nbytes]
+        while pending:
+            count = os.preadv(self._descriptors[piece.file], pending, offset)
+            if count == 0:
+                raise CheckpointDamaged(f"{piece.leaf.name}: {self._database / piece.file} ends within it")
+            offset += count
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if pending:
+                pending[0] = pending[0][count:]
+
+    def _compare(self, piece: _Piece, crc: int, stored: bytes) -> None:
+        if crc != int.from_bytes(stored, "little"):
+            raise CheckpointDamaged(
+                f"{piece.leaf.name}: its checksum is wrong at byte {piece.offset} of {self._database / piece.file}, so "
+                "its values are not those that were saved; restore another checkpoint"
+            )
+
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype, *, phase: int = 0) -> np.ndarray:
+    """Returns an array without values whose memory starts `phase` bytes behind a multiple of `ALIGNMENT`."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 2 * ALIGNMENT, np.uint8)
+    start = (phase - memory.ctypes.data) % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def run_all(task: Callable[[list[_Piece]], None], runs: Sequence[list[_Piece]], threads: int) -> None:
+    """Does all tasks, several at a time; the first failure is raised when none is at work any longer."""
+    if len(runs) <= 1 or threads == 1:
+        for run in runs:
+            task(run)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="offstep-read") as pool:
+        futures = [pool.submit(task, run) for run in runs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _inline(value: bytes | FileRange) -> bytes:
+    if isinstance(value, FileRange):
+        raise UnknownLayout("a zarr.json outside of the index")
+    return value
+
+
+def _group(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Puts chunks together that are worth one read."""
+    pieces.sort(key=lambda piece: (piece.file, piece.offset))
+    runs: list[list[_Piece]] = []
+    file, start, end = "", 0, 0
+    for piece in pieces:
+        stop = piece.offset + piece.size
+        if runs and piece.file == file and 0 <= piece.offset - end <= _RUN_GAP_BYTES and stop - start <= _RUN_BYTES:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+            file, start = piece.file, piece.offset
+        end = stop
+    return runs
+
+
+def _cut(position: tuple[int, ...], axes: Sequence[tuple[tuple[int, int], int]]) -> _Cut:
+    source, target = [], []
+    for index, ((start, stop), part) in zip(position, axes, strict=True):
+        low, high = max(start, index * part), min(stop, (index + 1) * part)
+        source.append(slice(low - index * part, high - index * part))
+        target.append(slice(low - start, high - start))
+    return _Cut(tuple(source), tuple(target))
+
+
+def _is_leading(piece: _Piece) -> bool:
+    """Returns whether what is wanted of a chunk are the first bytes of it."""
+    assert piece.cut is not None
+    is_first = True  # along the axes so far, one row is wanted
+    for part, size in zip(piece.cut.source, piece.chunk_shape, strict=True):
+        if part.start != 0 or (part.stop != size and not is_first):
+            return False
+        is_first = is_first and part.stop == 1
+    return True

@@ -1,0 +1,198 @@
+"""Opens Keras's own files for reading: `.weights.h5`, and the one inside of a `.keras` archive."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from offstep.errors import CheckpointDamaged, UnsupportedFormat
+from offstep.stored import Contents, Region, StoredLeaf, as_dtype
+
+SUFFIXES = (".weights.h5", ".keras")
+
+_MEMBER = "model.weights.h5"
+_MANIFEST_NAME = "offstep.json"
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_BLOCK_BYTES = 1 << 20
+# As Keras does: a file that declares more than this, and far more than it stores, is made to fill the memory.
+_BOMB_FLOOR_BYTES = 1 << 32
+_BOMB_EXPANSION = 1000
+
+
+class KerasReader:
+    """The datasets of one file; a `stored.Reader`. A leaf's path is that of its dataset.
+
+    The archive's CRC-32 covers its weights; a bare `.weights.h5` has no checksums.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnsupportedFormat: it is no such file.
+        CheckpointDamaged: it is truncated, or not readable as HDF5.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import h5py  # Orbax directories are read without it
+
+        self.path = path
+        self._file: BinaryIO = path.open("rb")
+        self._archive: zipfile.ZipFile | None = None
+        try:
+            source = self._open_member() if path.name.endswith(".keras") else self._file
+            self._h5 = h5py.File(source, "r")
+            self._datasets = _list_datasets(self._h5)
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            self._file.close()
+            if isinstance(error, (CheckpointDamaged, UnsupportedFormat)):
+                raise
+            raise CheckpointDamaged(f"{path} cannot be read as a Keras file ({error}); restore another one") from error
+        leaves = tuple(_describe(name, dataset) for name, dataset in self._datasets.items())
+        kind = "keras_weights" if self._archive is None else "keras_archive"
+        self.contents = Contents(kind, leaves, False, self._read_manifest())
+
+    def read(self, regions: Sequence[Region], threads: int) -> list[np.ndarray]:
+        """Returns the regions; see `stored.Reader`. HDF5 reads with one thread."""
+        return [self._read_one(region) for region in regions]
+
+    def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
+        """Checks the archive's checksum; a `.weights.h5` has none, so that only its reading is tried."""
+        if self._archive is None:
+            for leaf in leaves:
+                self._read_one(Region(leaf))
+            return
+        self._check_member()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._h5.close()
+        self._file.close()
+
+    def _open_member(self) -> io.RawIOBase | io.BytesIO:
+        self._archive = zipfile.ZipFile(self._file)
+        try:
+            info = self._archive.getinfo(_MEMBER)
+        except KeyError as error:
+            raise UnsupportedFormat(f"{self.path} has no {_MEMBER}: it is no .keras file of Keras 3") from error
+        if info.compress_type != zipfile.ZIP_STORED:
+            _refuse_bomb(_MEMBER, info.file_size, info.compress_size)
+            return io.BytesIO(self._archive.read(info))
+        return _Window(self._file, self._find_data(info), info.file_size)
+
+    def _find_data(self, info: zipfile.ZipInfo) -> int:
+        """Returns where in the file a stored member's bytes begin."""
+        self._file.seek(info.header_offset)
+        header = self._file.read(_LOCAL_HEADER.size)
+        if len(header) != _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
+            raise CheckpointDamaged(
+                f"{self.path}: the header of {info.filename} is damaged; restore another checkpoint"
+            )
+        *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        return info.header_offset + _LOCAL_HEADER.size + int(name_bytes) + int(extra_bytes)
+
+    def _check_member(self) -> None:
+        assert self._archive is not None
+        info = self._archive.getinfo(_MEMBER)
+        try:
+            with self._archive.open(info) as member:  # compares the CRC-32 at its end
+                while member.read(_BLOCK_BYTES):
+                    pass
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise CheckpointDamaged(
+                f"{self.path}: {_MEMBER} is damaged ({error}); restore another checkpoint"
+            ) from error
+
+    def _read_manifest(self) -> Mapping[str, Any]:  # JSON
+        try:
+            text = self._archive.read(_MANIFEST_NAME) if self._archive is not None else b"{}"
+        except KeyError:
+            return {}
+        manifest: dict[str, Any] = json.loads(text)
+        return manifest
+
+    def _read_one(self, region: Region) -> np.ndarray:
+        dataset = self._datasets[region.leaf.name]
+        try:
+            found = dataset[tuple(slice(start, stop) for start, stop in region.box)]
+        except (OSError, RuntimeError) as error:
+            raise CheckpointDamaged(
+                f"{region.leaf.name}: it cannot be read from {self.path} ({error}); restore another checkpoint"
+            ) from error
+        host = np.ascontiguousarray(found).reshape(region.shape)
+        dtype = as_dtype(region.leaf.dtype)
+        return host if host.dtype == dtype else host.view(dtype) if host.dtype.kind == "V" else host.astype(dtype)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        super().__init__()
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:  # any writable buffer
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        self._file.seek(self._start + self._at)
+        found = self._file.readinto(view[:count])  # type: ignore[attr-defined]  # it is a real file
+        self._at += found
+        return int(found)
+
+
+def _list_datasets(h5: Any) -> dict[str, Any]:  # of h5py
+    """Returns the datasets by path. Only what lies in the file itself: no link leads out of it."""
+    import h5py
+
+    found: dict[str, Any] = {}
+
+    def visit(group: Any, prefix: str) -> None:
+        for name in group:
+            if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
+                raise UnsupportedFormat(f"{prefix}{name} is a link out of the file, which Keras does not write")
+            value = group[name]
+            if isinstance(value, h5py.Group):
+                visit(value, f"{prefix}{name}/")
+            else:
+                _check_dataset(f"{prefix}{name}", value)
+                found[f"{prefix}{name}"] = value
+
+    visit(h5, "")
+    return found
+
+
+def _check_dataset(name: str, dataset: Any) -> None:  # of h5py
+    if dataset.external or dataset.is_virtual:
+        raise UnsupportedFormat(f"{name}: its values lie outside of the file, which Keras does not write")
+    _refuse_bomb(name, dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size())
+
+
+def _refuse_bomb(name: str, declared_bytes: int, stored_bytes: int) -> None:
+    if declared_bytes > _BOMB_FLOOR_BYTES and declared_bytes > _BOMB_EXPANSION * stored_bytes:
+        raise UnsupportedFormat(f"{name} declares {declared_bytes:,} bytes, but stores {stored_bytes:,}")
+
+
+def _describe(name: str, dataset: Any) -> StoredLeaf:  # of h5py
+    dtype = dataset.attrs.get("dtype", dataset.dtype.name)
+    return StoredLeaf(tuple(name.split("/")), tuple(dataset.shape), str(dtype))

@@ -1,0 +1,173 @@
+"""Opens an Orbax checkpoint directory, ours or stock's, for reading: plain chunks directly, all else by TensorStore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offstep.errors import CheckpointDamaged, UnsupportedFormat
+from offstep.formats.image_reader import ChunkedArray, ImageReader
+from offstep.formats.ocdbt_index import UnknownLayout, read_index
+from offstep.formats.tensorstore_reader import TensorStoreReader
+from offstep.records import PathKey
+from offstep.stored import Contents, Region, StoredLeaf
+
+MANIFEST_NAME = "offstep.json"
+FORMAT_VERSION = 1
+"""The newest that this version reads."""
+
+_SEQUENCE_KEY = 1
+_ITEM_NAMES = ("pytree", "state", "default")  # Keras's and ours, Orbax v1's, Orbax v0's
+_ARRAY_TYPES = frozenset(("jax.Array", "np.ndarray", "scalar"))
+
+_Entry = tuple[str, tuple[PathKey, ...], str]
+
+
+def find_item(checkpoint: Path) -> Path | None:
+    """Returns the directory with the arrays of a checkpoint: one of its items, or itself."""
+    candidates = [checkpoint, *(checkpoint / name for name in _ITEM_NAMES)]
+    return next((item for item in candidates if (item / "_METADATA").is_file() and _has_arrays(item)), None)
+
+
+def _has_arrays(item: Path) -> bool:
+    return (item / "manifest.ocdbt").is_file() or any(item.glob("*/.zarray")) or any(item.glob("*/zarr.json"))
+
+
+class OrbaxReader:
+    """The arrays of one checkpoint directory; a `stored.Reader`.
+
+    Args:
+        checkpoint: The step's directory.
+
+    Raises:
+        UnsupportedFormat: it is not such a directory, or a newer version wrote it.
+        CheckpointDamaged: its index cannot be read, or its files are shorter than that says.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        item = find_item(checkpoint)
+        if item is None:
+            raise UnsupportedFormat(
+                f"{checkpoint} holds no arrays of an Orbax checkpoint (a 'pytree' directory with _METADATA and "
+                "manifest.ocdbt); give the directory of one step, or that of all steps"
+            )
+        self.path = checkpoint
+        manifest = read_manifest(checkpoint)
+        metadata = _read_json(item / "_METADATA")
+        entries = _list_entries(metadata)
+        self._arrays: ImageReader | TensorStoreReader = _open_arrays(item, metadata, [name for name, _, _ in entries])
+        self._names = {path: name for name, path, _ in entries}
+        leaves = _make_leaves(entries, self._arrays.arrays, _read_prng_impls(item))
+        self.contents = Contents("orbax_directory", leaves, bool(manifest), manifest)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the arrays are read without TensorStore."""
+        return isinstance(self._arrays, ImageReader)
+
+    def read(self, regions: Sequence[Region], threads: int) -> list[np.ndarray]:
+        """Returns the regions; see `stored.Reader`."""
+        return self._arrays.read([(self._names[region.leaf.path], region) for region in regions], threads)
+
+    def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
+        """Checks the checksums of leaves; see `stored.Reader`."""
+        self._arrays.verify([(self._names[leaf.path], leaf) for leaf in leaves], threads)
+
+    def close(self) -> None:
+        """Closes its files."""
+        self._arrays.close()
+
+
+def read_manifest(checkpoint: Path) -> Mapping[str, Any]:  # JSON
+    """Returns what `offstep.json` says, nothing where there is none.
+
+    Raises:
+        UnsupportedFormat: a newer version of offstep wrote the checkpoint.
+        CheckpointDamaged: the file is no JSON object.
+    """
+    path = checkpoint / MANIFEST_NAME
+    if not path.is_file():
+        return {}
+    manifest = _read_json(path)
+    check_version(manifest, checkpoint)
+    return manifest
+
+
+def check_version(manifest: Mapping[str, Any], path: Path) -> None:  # JSON
+    """Raises `UnsupportedFormat` if a newer version of offstep wrote the checkpoint at `path`."""
+    version = manifest.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{path} has format version {version}, this offstep reads up to {FORMAT_VERSION}; upgrade offstep, or load "
+            "it with keras.saving.load_model or Orbax"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:  # JSON
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointDamaged(f"{path} is missing; restore another checkpoint") from error
+    except ValueError as error:
+        raise CheckpointDamaged(f"{path} is no JSON ({error}); restore another checkpoint") from error
+    if not isinstance(data, dict):
+        raise CheckpointDamaged(f"{path} holds no JSON object; restore another checkpoint")
+    return data
+
+
+def _list_entries(metadata: Mapping[str, Any]) -> list[_Entry]:  # JSON
+    """Returns the arrays in the order of the file: the names under which they are stored, paths, Orbax's types."""
+    entries = []
+    for entry in metadata["tree_metadata"].values():
+        value = entry["value_metadata"]
+        if value["value_type"] in _ARRAY_TYPES and not value.get("skip_deserialize", False):
+            path = tuple(_path_key(key) for key in entry["key_metadata"])
+            entries.append((".".join(map(str, path)), path, value["value_type"]))
+    return entries
+
+
+def _path_key(key: Mapping[str, Any]) -> PathKey:  # JSON
+    return int(key["key"]) if key["key_type"] == _SEQUENCE_KEY else str(key["key"])
+
+
+def _open_arrays(item: Path, metadata: Mapping[str, Any], names: list[str]) -> ImageReader | TensorStoreReader:  # JSON
+    is_zarr3 = bool(metadata.get("use_zarr3", False))
+    if not (item / "manifest.ocdbt").is_file():
+        return TensorStoreReader(item, names, is_zarr3=is_zarr3, is_ocdbt=False)
+    try:
+        reader = ImageReader(item, read_index(item))
+    except UnknownLayout:
+        return TensorStoreReader(item, names, is_zarr3=is_zarr3, is_ocdbt=True)
+    absent = next((name for name in names if name not in reader.arrays), None)
+    if absent is not None:
+        reader.close()
+        raise CheckpointDamaged(f"{absent}: it is not in the index of {item}; restore another checkpoint")
+    return reader
+
+
+def _make_leaves(
+    entries: Sequence[_Entry], arrays: Mapping[str, ChunkedArray], impls: Mapping[str, str]
+) -> tuple[StoredLeaf, ...]:
+    return tuple(
+        StoredLeaf(path, arrays[name].shape, arrays[name].dtype, value_type, impls.get(name))
+        for name, path, value_type in entries
+    )
+
+
+def _read_prng_impls(item: Path) -> dict[str, str]:
+    """Returns the PRNG implementation of each array of keys, by its name."""
+    impls: dict[str, str] = {}
+    for path in item.glob("array_metadatas/process_*"):
+        text = path.read_bytes()
+        if b"random_key_impl" in text:  # there are thousands of arrays and hardly ever a key among them
+            entries = [entry["array_metadata"] for entry in json.loads(text)["array_metadatas"]]
+            impls |= {
+                entry["param_name"]: entry["ext_metadata"]["random_key_impl"]
+                for entry in entries
+                if (entry.get("ext_metadata") or {}).get("random_key_impl")
+            }
+    return impls

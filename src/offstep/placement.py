@@ -1,0 +1,155 @@
+"""Brings stored leaves into device memory, a few at a time, each with the sharding of its destination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from offstep.stored import Reader, Region, Span, StoredLeaf, as_dtype, whole
+
+BATCH_BYTES = 32 << 20
+"""Leaves are read together up to this size: enough to keep disk and threads busy."""
+
+Array = Any  # jax.Array, np.ndarray or a Python number
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What a leaf shall become.
+
+    Attributes:
+        shape: Of the elements, or of the raw words of PRNG keys.
+        dtype: NumPy (or ml_dtypes) name of the elements, or of the raw words of PRNG keys.
+        sharding: Devices to put it on; `None` for the default device.
+        prng_impl: Name of the PRNG implementation, if it shall be an array of keys; may be empty.
+        make: Turns the host array into something else than a `jax.Array`; then `sharding` does not count.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: jax.sharding.Sharding | None = None
+    prng_impl: str | None = None
+    make: Callable[[np.ndarray], Array] | None = None
+
+
+Pair = tuple[StoredLeaf, Destination]
+
+
+def describe_destination(array: Array) -> Destination:
+    """Returns how to make an array like this one (or like a `jax.ShapeDtypeStruct`): same dtype, devices, kind."""
+    if isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
+        return _describe_device_array(array)
+    if isinstance(array, np.ndarray):
+        return Destination(array.shape, array.dtype.name, make=np.array)
+    kind = type(array)
+    if not isinstance(array, (bool, int, float, complex, np.generic)):
+        raise TypeError(f"no array: {kind.__name__}")
+    return Destination((), np.asarray(array).dtype.name, make=lambda host: kind(host[()]))
+
+
+def _describe_device_array(array: jax.Array | jax.ShapeDtypeStruct) -> Destination:
+    prng_impl = None
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        # Of an abstract one JAX does not tell the name in public; the checkpoint has it.
+        prng_impl = str(jax.random.key_impl(array)) if isinstance(array, jax.Array) else ""
+        array = jax.random.key_data(array) if isinstance(array, jax.Array) else _key_data_struct(array)
+    # Where the user did not choose a device, JAX may still move the array: that freedom is kept.
+    is_free = isinstance(array, jax.Array) and not getattr(array, "committed", True)
+    return Destination(array.shape, array.dtype.name, None if is_free else array.sharding, prng_impl)
+
+
+def _key_data_struct(keys: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    words = jax.eval_shape(jax.random.key_data, keys)
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=keys.sharding)  # type: ignore[no-untyped-call]
+
+
+def place(reader: Reader, pairs: Sequence[Pair], threads: int) -> Iterator[list[tuple[int, Array]]]:
+    """Yields lists of (index of the pair, array), in order.
+
+    Keeps nothing of what it has yielded: one batch of `BATCH_BYTES`, or one larger leaf, is in host memory at a time.
+
+    Raises:
+        CheckpointDamaged: naming the leaf.
+    """
+    for batch in _split(pairs):
+        yield _place_batch(reader, batch, pairs, threads)
+
+
+def _split(pairs: Sequence[Pair]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    total = 0
+    for number, (leaf, _) in enumerate(pairs):
+        size = leaf.size_bytes
+        if batch and total + size > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(number)
+        total += size
+    if batch:
+        yield batch
+
+
+def _place_batch(reader: Reader, batch: list[int], pairs: Sequence[Pair], threads: int) -> list[tuple[int, Array]]:
+    plans = [_plan(*pairs[number]) for number in batch]
+    hosts = iter(reader.read([region for plan in plans for region in plan], threads))
+    parts = [[next(hosts) for _ in plan] for plan in plans]
+    del hosts
+    arrays: list[Array] = [None] * len(batch)
+    simple: list[int] = []  # put on devices together, which costs less than one by one
+    for at, number in enumerate(batch):
+        destination = pairs[number][1]
+        parts[at] = [_convert(part, destination.dtype) for part in parts[at]]
+        if destination.make is not None:
+            arrays[at] = destination.make(parts[at][0])
+        elif len(plans[at]) > 1 or plans[at][0].span is not None:
+            arrays[at] = _join(plans[at], parts[at], destination)
+        else:
+            simple.append(at)
+    put = jax.device_put([parts[at][0] for at in simple], [pairs[batch[at]][1].sharding for at in simple])
+    for at, array in zip(simple, put, strict=True):
+        arrays[at] = array
+    # The host copies go away with this call: the devices must have them.
+    jax.block_until_ready([array for array in arrays if isinstance(array, jax.Array)])  # type: ignore[no-untyped-call]
+    return [(number, _as_keys(array, *pairs[number])) for number, array in zip(batch, arrays, strict=True)]
+
+
+def _plan(leaf: StoredLeaf, destination: Destination) -> list[Region]:
+    """Returns the distinct parts that this process's devices need; a single one without span is the whole leaf."""
+    sharding = destination.sharding
+    if destination.make is not None or sharding is None or sharding.is_fully_replicated:
+        return [Region(leaf)]
+    indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+    spans = dict.fromkeys(_span(index, leaf.shape) for index in indices if index is not None)
+    return [Region(leaf, span) for span in spans]
+
+
+def _span(index: Index, shape: tuple[int, ...]) -> Span:
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=False)]
+    return (*bounds, *whole(shape[len(bounds) :]))
+
+
+def _join(plan: list[Region], parts: list[np.ndarray], destination: Destination) -> jax.Array:
+    assert destination.sharding is not None
+    by_span = {region.box: part for region, part in zip(plan, parts, strict=True)}
+    shape = plan[0].leaf.shape
+
+    def find_part(index: Index | None) -> np.ndarray:
+        return by_span[_span(index or (), shape)]
+
+    return jax.make_array_from_callback(shape, destination.sharding, find_part)
+
+
+def _convert(part: np.ndarray, dtype: str) -> np.ndarray:
+    return part if part.dtype.name == dtype else part.astype(as_dtype(dtype))
+
+
+def _as_keys(array: Array, leaf: StoredLeaf, destination: Destination) -> Array:
+    if destination.prng_impl is None:
+        return array
+    return jax.random.wrap_key_data(array, impl=leaf.prng_impl or destination.prng_impl or None)

@@ -1,0 +1,339 @@
+"""Puts a checkpoint back into a live model or tree: whole or in part, under other names, on other devices."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from offstep import leaf_paths
+from offstep.discovery import READ_THREADS, open_newest
+from offstep.errors import StructureMismatch
+from offstep.matching import (
+    OPTIMIZER_GROUP,
+    Matching,
+    Renaming,
+    Selection,
+    TargetLeaf,
+    is_forgivable,
+    is_selected,
+    match,
+    rename_leaves,
+)
+from offstep.matching import Path as LeafPath
+from offstep.placement import Array, Destination, describe_destination, place
+from offstep.records import PathKey
+from offstep.stored import Contents, Reader, Region, StoredLeaf
+
+Tree = Any  # any pytree, or a Keras model
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did. Names are paths joined by slashes, such as `"trainable_variables/dense/kernel"`.
+
+    Attributes:
+        path: The checkpoint that was read.
+        step: Its training step, where it says so.
+        restored: Leaves of the target that got their values.
+        missing: Wanted leaves of the target that the checkpoint does not have; they keep their values.
+        left_over: Leaves of the checkpoint that nobody took.
+        by_position: Leaf of the target to that of the checkpoint, where the names differ and the position decided.
+        mismatched: Leaf of the target to why its stored one does not fit (only with `strict=False`).
+        manifest: What offstep keeps with a checkpoint: step, epoch, batch, metrics, ...; empty for those of others.
+        tree: The restored tree, where the target was one.
+    """
+
+    path: Path
+    step: int | None
+    restored: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    left_over: tuple[str, ...] = ()
+    by_position: Mapping[str, str] = field(default_factory=dict)
+    mismatched: Mapping[str, str] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON
+    tree: Tree = field(default=None, repr=False)
+
+
+def restore(
+    target: Tree,
+    path: str | os.PathLike[str],
+    *,
+    partial: Selection | None = None,
+    rename: Renaming | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    threads: int = READ_THREADS,
+) -> RestoreReport:
+    """Reads a checkpoint straight into the devices' memory, checking every checksum before anything is changed.
+
+    A Keras model gets its weights, optimizer, metrics and seed generators in place; it must be built. Of a tree of
+    arrays (or of `jax.ShapeDtypeStruct`, Python numbers, NumPy arrays, PRNG keys) a new one is made, `report.tree`,
+    with its dtypes and shardings. Leaves are matched by path. Where Keras has numbered names differently in this
+    process, those of a fresh process count, then the position in the structure: `report.by_position` lists these.
+
+    Blocks until all is on the devices. At most one leaf (or 32 MiB of them) is in host memory at a time.
+
+    Args:
+        target: The built model, or the tree.
+        path: A checkpoint of offstep, Orbax or Keras; or a directory of them, whose newest valid one is taken.
+        partial: Only these leaves of the target: prefixes of their names, with or without the group in front
+            (`"dense_1"`, `"dense_1/bias"`, `"optimizer_variables"`), or a predicate on the whole name.
+        rename: Old to new prefixes of names in the checkpoint (`{"dense": "encoder"}`), or a function from one
+            name to another; `None` from it leaves that leaf out.
+        strict: Whether a leaf that is missing, left over or does not fit is an error. Metrics and the states of random
+            generators never are, nor groups that the checkpoint or the model does not have at all.
+        cast: Convert dtypes that differ.
+        threads: Threads that read.
+
+    Raises:
+        StructureMismatch: checkpoint and target do not agree. Nothing has been changed.
+        CheckpointDamaged: a checksum or a file is wrong. Nothing has been changed, unless the message says so.
+        CheckpointNotFound: there is nothing at `path`.
+        UnsupportedFormat: it is no checkpoint, or one of a newer offstep.
+
+    Example:
+        >>> import jax.numpy as jnp, offstep, tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> with offstep.Checkpointer(directory) as checkpointer:
+        ...     pending = checkpointer.save(7, {"w": jnp.ones((2, 3))})
+        >>> offstep.restore({"w": jnp.zeros((2, 3))}, directory).tree["w"].sum()
+        Array(6., dtype=float32)
+    """
+    _check_arguments(partial, rename, threads)
+    reader = open_newest(Path(path), verify=True)
+    try:
+        is_model = _is_model(target)
+        restored = _restore_model if is_model else _restore_tree
+        return restored(target, reader, _Wishes(partial, rename, strict, cast, threads))
+    finally:
+        reader.close()
+
+
+def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS) -> np.ndarray:
+    """Returns one array of a checkpoint, without reading the others.
+
+    Args:
+        path: A checkpoint, or a directory whose newest one is taken.
+        leaf: Name of the leaf, its keys joined by slashes (or by dots); the group may be left out where that leaves
+            no doubt. In a Keras file it is the path of the dataset, e.g. `"layers/dense/vars/0"`.
+        threads: Threads that read.
+
+    Raises:
+        KeyError: there is no such leaf, or several; the message lists similar ones.
+        CheckpointNotFound, UnsupportedFormat, CheckpointDamaged: see `restore`.
+    """
+    reader = open_newest(Path(path), verify=False)
+    try:
+        found = _find_leaf(reader.contents.leaves, leaf, reader.path)
+        return reader.read([Region(found)], threads)[0]
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    partial: Selection | None
+    rename: Renaming | None
+    strict: bool
+    cast: bool
+    threads: int
+
+
+def _check_arguments(partial: object, rename: object, threads: object) -> None:
+    prefixes = partial if isinstance(partial, (list, tuple)) else (partial,)
+    if partial is not None and not callable(partial) and not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ValueError(f"partial must be a prefix, several, or a predicate on names. Received: {partial!r}")
+    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+        raise ValueError(f"rename must be a dict from old to new names, or a function. Received: {rename!r}")
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be an integer of at least 1. Received: {threads!r}")
+
+
+def _is_model(target: object) -> bool:
+    keras = sys.modules.get("keras")  # whoever has a model has imported it
+    return keras is not None and isinstance(target, keras.Model)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport:  # of Keras
+    from offstep import keras_restore
+
+    target = keras_restore.open_model(model, reader.contents)
+    stored = keras_restore.name_leaves(target, reader.contents)
+    matching = _match(rename_leaves(stored, wishes.rename), target.leaves, wishes, reader.contents, target.find_names)
+    _check(matching, target.leaves, reader, wishes)
+    done: list[int] = []
+    pairs = [(leaf, target.describe(number)) for number, leaf in matching.pairs]
+    try:
+        for placed in place(reader, pairs, wishes.threads):
+            for at, array in placed:
+                target.assign(matching.pairs[at][0], array)
+                done.append(matching.pairs[at][0])
+    except Exception as error:
+        if done:
+            error.add_note(f"{len(done)} of {len(pairs)} leaves had been restored: the model is a mixture now.")
+        raise
+    target.finish()
+    return _report(reader, matching, target.leaves)
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _restore_tree(tree: Tree, reader: Reader, wishes: _Wishes) -> RestoreReport:
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    destinations = [_describe_leaf(leaf) for leaf in leaves]
+    paths = leaf_paths.list_paths(tree)
+    targets = [TargetLeaf(path, place.shape, place.dtype) for path, place in zip(paths, destinations, strict=True)]
+    stored = rename_leaves([(leaf.path, leaf) for leaf in reader.contents.leaves], wishes.rename)
+    matching = _match(stored, targets, wishes, reader.contents, None)
+    _check(matching, targets, reader, wishes)
+    pairs = [(leaf, destinations[number]) for number, leaf in matching.pairs]
+    for placed in place(reader, pairs, wishes.threads):
+        for at, array in placed:
+            leaves[matching.pairs[at][0]] = array
+    return replace(_report(reader, matching, targets), tree=jax.tree_util.tree_unflatten(treedef, leaves))
+
+
+def _describe_leaf(leaf: Array) -> Destination:
+    try:
+        return describe_destination(leaf)
+    except (TypeError, ValueError) as error:
+        raise StructureMismatch(
+            f"target must be a Keras model, or a tree of arrays. Received: {type(leaf).__name__}"
+        ) from error
+
+
+# --- what both need --------------------------------------------------------------------------------------------------
+
+
+def _match(
+    stored: Sequence[tuple[LeafPath, StoredLeaf]],
+    targets: Sequence[TargetLeaf],
+    wishes: _Wishes,
+    contents: Contents,
+    find_names: Callable[[], Sequence[LeafPath]] | None,
+) -> Matching:
+    """Matches everything, then keeps what is wanted: neighbours help to tell leaves with made-up names apart."""
+    matching = match(
+        stored,
+        targets,
+        is_ordered=contents.is_ordered and wishes.rename is None,
+        find_names=find_names,
+        may_use_position=find_names is not None,
+        cast=wishes.cast,
+    )
+    if wishes.partial is None:
+        return matching
+    wanted = {target.name for target in targets if is_selected(target.path, wishes.partial)}
+    if not wanted:
+        raise StructureMismatch(
+            f"partial={wishes.partial!r} selects no leaf of the target; it has {_show(t.name for t in targets)}"
+        )
+    return Matching(
+        pairs=tuple((number, leaf) for number, leaf in matching.pairs if targets[number].name in wanted),
+        by_position={name: stored for name, stored in matching.by_position.items() if name in wanted},
+        missing=tuple(name for name in matching.missing if name in wanted),
+        left_over=matching.left_over,
+        mismatched={name: reason for name, reason in matching.mismatched.items() if name in wanted},
+    )
+
+
+def _check(matching: Matching, targets: Sequence[TargetLeaf], reader: Reader, wishes: _Wishes) -> None:
+    """Raises `StructureMismatch` for what `strict` forbids."""
+    if not wishes.strict:
+        return
+    groups = {leaf.path[0] for leaf in reader.contents.leaves}, {target.path[0] for target in targets}
+    missing = [name for name in matching.missing if _matters(name, groups[0])]
+    left_over = [name for name in matching.left_over if _matters(name, groups[1])] if wishes.partial is None else []
+    problems = [f"{name}: {reason}" for name, reason in matching.mismatched.items()]
+    problems += [f"{name}: the checkpoint does not have it" for name in missing]
+    problems += [f"{name}: the checkpoint has it, the target does not" for name in left_over]
+    if not problems:
+        return
+    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise StructureMismatch(
+        f"{reader.path} does not fit the target, which was not changed:\n  "
+        + "\n  ".join(problems[:_SHOWN])
+        + more
+        + f"\n{_advise(matching, missing, left_over)}"
+    )
+
+
+def _matters(name: str, groups: set[PathKey]) -> bool:
+    """Returns whether strictness minds that the other side does not have a leaf; `groups` are those it has."""
+    path = tuple(name.split("/"))
+    if is_forgivable(path):
+        return False
+    # Weights without an optimizer, or a model that is not compiled, are no mistake; half of a group is.
+    return path[0] != OPTIMIZER_GROUP or OPTIMIZER_GROUP in groups
+
+
+def _advise(matching: Matching, missing: Sequence[str], left_over: Sequence[str]) -> str:
+    troubled = [*matching.mismatched, *missing, *left_over]
+    if all(name.startswith(OPTIMIZER_GROUP) for name in troubled):
+        return (
+            "Only the optimizer differs: compile the model with the one that it was trained with, or restore the "
+            "weights alone with partial=('trainable_variables', 'non_trainable_variables')."
+        )
+    return (
+        "Build the same model, say with rename={old: new} what has another name now, choose leaves with partial=..., "
+        "or restore what fits with strict=False."
+    )
+
+
+def _report(reader: Reader, matching: Matching, targets: Sequence[TargetLeaf]) -> RestoreReport:
+    manifest = reader.contents.manifest
+    step = manifest.get("step")
+    if step is None and reader.path.name.isdecimal():
+        step = int(reader.path.name)
+    return RestoreReport(
+        path=reader.path,
+        step=step,
+        restored=tuple(targets[number].name for number, _ in matching.pairs),
+        missing=matching.missing,
+        left_over=matching.left_over,
+        by_position=matching.by_position,
+        mismatched=matching.mismatched,
+        manifest=manifest,
+    )
+
+
+def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Path) -> StoredLeaf:
+    wanted = name.strip("/")
+    for spell in (_whole_name, _dotted_name, _name_in_group):
+        found = [leaf for leaf in leaves if spell(leaf) == wanted]
+        if len(found) == 1:
+            return found[0]
+    names = [leaf.name for leaf in leaves]
+    close = difflib.get_close_matches(wanted, names, _SHOWN, 0.4) or names
+    raise KeyError(f"{path} has no leaf {name!r}; similar ones: {_show(close)}")
+
+
+def _whole_name(leaf: StoredLeaf) -> str:
+    return leaf.name
+
+
+def _dotted_name(leaf: StoredLeaf) -> str:
+    return leaf.name.replace("/", ".")
+
+
+def _name_in_group(leaf: StoredLeaf) -> str:
+    return "/".join(map(str, leaf.path[1:]))
+
+
+def _show(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:_SHOWN]) + (f", ... ({len(listed)} in all)" if len(listed) > _SHOWN else "")
