@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import keras
 
 from offstep.keras_rebuild import find_saving_lib
+from offstep.records import PathKey
 
 Model = Any  # Keras carries no types
 Variable = Any  # nor has it one class of variables for all its modes
@@ -20,7 +21,7 @@ Variable = Any  # nor has it one class of variables for all its modes
 _KINDS = ("Operation", "Layer", "Functional", "Sequential", "Metric", "Optimizer", "Loss", "Cross", "Feature")
 
 
-def find_file_paths(model: Model, variables: Sequence[Variable]) -> dict[tuple[str, ...], int]:
+def find_file_paths(model: Model, variables: Sequence[Variable]) -> dict[tuple[PathKey, ...], int]:
     """Returns the path of each variable's dataset in a `.weights.h5` of the model, with the number of the variable.
 
     Keras writes such a file, with the number of each variable in place of its value. A layer that does not save its
@@ -46,8 +47,8 @@ def _prime() -> None:
             state.set_global_attribute(f"saving_attr_skiplist_{kind}", get_skipset(kind))
 
 
-def _read_numbers(file: h5py.File) -> dict[tuple[str, ...], int]:
-    found: dict[tuple[str, ...], int] = {}
+def _read_numbers(file: h5py.File) -> dict[tuple[PathKey, ...], int]:
+    found: dict[tuple[PathKey, ...], int] = {}
 
     def visit(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and item.shape == () and item.dtype.kind == "i":

@@ -75,7 +75,7 @@ def name_leaves(target: ModelTarget, contents: Contents) -> list[tuple[Path, Sto
     """Returns the leaves of a checkpoint with the paths that a state of the model gives them."""
     if contents.format == "orbax_directory":
         return [(leaf.path, leaf) for leaf in contents.leaves]
-    numbers: dict[Path, int] = {**find_file_paths(target.model, target.variables)}
+    numbers: dict[Path, int] = find_file_paths(target.model, target.variables)
     return [
         (target.leaves[numbers[leaf.path]].path if leaf.path in numbers else leaf.path, leaf)
         for leaf in contents.leaves
