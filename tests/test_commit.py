@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from offstep import catalog, commit
-from offstep.commit import IN_PROGRESS_MARK, StagedDirectory, make_root, probe_directory, remove_directory
+from offstep.commit import (
+    FILE_IN_PROGRESS_PREFIX,
+    IN_PROGRESS_MARK,
+    StagedDirectory,
+    StagedFile,
+    make_root,
+    probe_directory,
+    remove_directory,
+    remove_file,
+)
 
 MB = 1 << 20
 SMALL = {"a": (b"one", b"two"), "pytree/d/b": (b"x" * 5000,), "pytree/empty": ()}
@@ -335,3 +344,85 @@ def test_the_temporary_name_is_the_one_that_orbax_skips() -> None:
     from orbax.checkpoint._src.path import atomicity_types
 
     assert commit.IN_PROGRESS_MARK == atomicity_types.TMP_DIR_SUFFIX
+
+
+# ---------------------------------------------------------------------------------------------------- single files
+
+
+def stage(final: Path, pieces: list[tuple[bytes | memoryview, int]], size_bytes: int) -> None:
+    with StagedFile(final, size_bytes=size_bytes, tag="t") as staged:
+        for content, offset in pieces:
+            staged.write(content, offset)
+        staged.commit()
+
+
+@pytest.mark.parametrize("body_bytes", [4096, 2 * MB], ids=["small", "large"])
+def test_a_committed_file_has_all_pieces_and_its_size(tmp_path: Path, body_bytes: int) -> None:
+    head, tail = b"h" * 8192, b"tail"
+    with mmap.mmap(-1, body_bytes) as body:
+        body[:] = bytes(random.Random(1).randbytes(body_bytes))
+        expected = head + body[:] + tail
+        with memoryview(body) as view:
+            stage(tmp_path / "a", [(head, 0), (view, len(head)), (tail, len(head) + body_bytes)], len(expected))
+    assert (tmp_path / "a").read_bytes() == expected
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_lies_behind_the_size_of_a_file_is_cut_off(tmp_path: Path) -> None:
+    with mmap.mmap(-1, 2 * MB) as body, memoryview(body) as view:
+        stage(tmp_path / "a", [(view, 0), (b"tail", MB)], MB + 4)
+    assert (tmp_path / "a").read_bytes() == bytes(MB) + b"tail"
+
+
+def test_an_older_file_stays_until_the_new_one_is_committed(tmp_path: Path) -> None:
+    stage(tmp_path / "a", [(b"old", 0)], 3)
+    with StagedFile(tmp_path / "a", size_bytes=3) as staged:
+        staged.write(b"new", 0)
+        assert (tmp_path / "a").read_bytes() == b"old"
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+    stage(tmp_path / "a", [(b"new", 0)], 3)
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_second_attempt_of_a_file_replaces_what_the_first_left(tmp_path: Path) -> None:
+    (tmp_path / f"{FILE_IN_PROGRESS_PREFIX}t").write_bytes(b"half of it" * 1000)
+    stage(tmp_path / "a", [(b"new", 0)], 3)
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_directory_in_the_place_of_a_file_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError, match="a directory is where the file shall go"):
+        StagedFile(tmp_path / "a", size_bytes=1)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_its_target_untouched(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "a").symlink_to("other")
+    stage(tmp_path / "a", [(b"new", 0)], 3)
+    assert not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_a_file_on_a_full_disk_fails_and_the_older_one_stays(tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "small", "size=3m") as small:
+        stage(small / "a", [(b"old", 0)], 3)
+        with (
+            mmap.mmap(-1, 4 * MB) as body,
+            memoryview(body) as view,
+            pytest.raises(OSError, match="No space") as caught,
+        ):
+            stage(small / "a", [(view, 0)], 4 * MB)
+        assert caught.value.errno == errno.ENOSPC
+        assert os.listdir(small) == ["a"]
+        assert (small / "a").read_bytes() == b"old"
+
+
+def test_a_removed_file_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    remove_file(tmp_path / "a")
+    remove_file(tmp_path / "a")
+    assert os.listdir(tmp_path) == []

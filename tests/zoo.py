@@ -236,7 +236,82 @@ def adapted_by_low_rank() -> Model:
     return _compile(model)
 
 
-ZOO: Mapping[str, Callable[[], Model]] = {
+@keras.saving.register_keras_serializable("zoo")
+class NamesItsVariables(layers.Layer):
+    """A custom layer that saves its variables under names of its own."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.scale = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="scale")
+        self.shift = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="shift")
+
+    def call(self, x: Any) -> Any:  # backend tensors
+        return x * self.scale + self.shift
+
+    def save_own_variables(self, store: Any) -> None:  # of Keras
+        store["scale"], store["inner/shift"] = self.scale, self.shift
+
+    def load_own_variables(self, store: Any) -> None:  # of Keras
+        self.scale.assign(store["scale"])
+        self.shift.assign(store["inner/shift"])
+
+
+@keras.saving.register_keras_serializable("zoo")
+class SavesLogarithms(Scale):
+    """A custom layer that saves something else than what it holds."""
+
+    def save_own_variables(self, store: Any) -> None:  # of Keras
+        store["0"] = keras.ops.log(keras.ops.abs(self.scale))
+
+    def load_own_variables(self, store: Any) -> None:  # of Keras
+        self.scale.assign(keras.ops.exp(store["0"]))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class SavesTransposed(layers.Layer):
+    """A custom layer that saves what only looks like its variable."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.matrix = self.add_weight(shape=(input_shape[-1], input_shape[-1]), name="matrix")
+
+    def call(self, x: Any) -> Any:  # backend tensors
+        return x @ self.matrix
+
+    def save_own_variables(self, store: Any) -> None:  # of Keras
+        store["0"] = self.matrix.numpy().T
+
+    def load_own_variables(self, store: Any) -> None:  # of Keras
+        self.matrix.assign(np.asarray(store["0"]).T)
+
+
+def names_its_variables() -> Model:
+    return _functional(NamesItsVariables(), layers.Dense(4))
+
+
+def saves_logarithms() -> Model:
+    return _functional(SavesLogarithms(), layers.Dense(4))
+
+
+def saves_transposed() -> Model:
+    return _functional(SavesTransposed(), layers.Dense(4))
+
+
+def einsum() -> Model:
+    return _functional(
+        layers.Reshape((2, 3)), layers.EinsumDense("abc,cd->abd", (2, 4), bias_axes="d"), layers.Flatten()
+    )
+
+
+def quantized() -> Model:
+    model = _functional(layers.Dense(8), layers.Dense(4))
+    model.quantize("int8")
+    return _compile(model)
+
+
+def empty_layers() -> Model:
+    return _functional(layers.Activation("relu"), layers.Dropout(0.1), layers.Flatten())
+
+
+ZOO: dict[str, Callable[[], Model]] = {
     build.__name__: build
     for build in (
         functional,
@@ -266,6 +341,12 @@ ZOO: Mapping[str, Callable[[], Model]] = {
         adapted_by_low_rank,
     )
 }
+FILES: Mapping[str, Callable[[], Model]] = ZOO | {
+    build.__name__: build
+    for build in (names_its_variables, saves_logarithms, saves_transposed, einsum, quantized, empty_layers)
+}
+"""More models whose files are special, or whose directories stock Keras cannot load."""
+
 CUSTOM_OBJECTS = {"Shift": Shift, "double_error": double_error}
 
 

@@ -84,9 +84,27 @@ def _kind(leaf: Leaf) -> int:
     return _LARGE_FROZEN if size_bytes >= _LARGE_FROM_BYTES else _SMALL_FROZEN
 
 
-def _lay_out(leaf: Leaf, offset: int) -> LeafLayout:
+def make_whole_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
+    """Places the leaves one after another in a slot, each in one piece, also where it is sharded.
+
+    Those without a path start on a page of their own.
+    """
+    layouts: list[LeafLayout] = []
+    offset = 0
+    for index, leaf in enumerate(leaves):
+        if index and bool(leaf.path) != bool(layouts[-1].leaf.path):
+            offset = _round_up(offset, _SLOT_ALIGNMENT)
+        layout = _lay_out(leaf, offset, chunk_shape=tuple(max(1, size) for size in leaf.shape))
+        layouts.append(layout)
+        offset += layout.stride_bytes * layout.chunk_count
+    slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
+    return Plan(tuple(layouts), slot_bytes, tuple(empty_nodes))
+
+
+def _lay_out(leaf: Leaf, offset: int, *, chunk_shape: tuple[int, ...] | None = None) -> LeafLayout:
     size = item_bytes(leaf.dtype)
-    chunk_shape = choose_chunk_shape(leaf.shape, leaf.shard_shape or leaf.shape, size)
+    if chunk_shape is None:
+        chunk_shape = choose_chunk_shape(leaf.shape, leaf.shard_shape or leaf.shape, size)
     chunk_bytes = math.prod(chunk_shape) * size
     return LeafLayout(
         leaf=leaf,
@@ -155,8 +173,11 @@ def shard_grid(leaf: Leaf) -> tuple[int, ...]:
 
 def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
     leaf = layout.leaf
-    if layout.chunk_count == 1:
+    if layout.chunk_count == 1 and shard_count(leaf) == 1:
         yield 0, layout.offset, layout.chunk_bytes, 0, first_source, _WITH_CRC
+        return
+    if layout.chunk_count == 1:
+        yield from _shard_entries(layout, first_source)
         return
     itemsize = item_bytes(leaf.dtype)
     shard_shape = leaf.shard_shape or leaf.shape
@@ -177,6 +198,20 @@ def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, 
             first_source + shard,
             _WITH_CRC,
         )
+
+
+def _shard_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Puts the shards together to one array, run by run of what is contiguous in both; there is no checksum then."""
+    leaf, part = layout.leaf, layout.leaf.shard_shape
+    itemsize = item_bytes(leaf.dtype)
+    split = max(axis for axis, (whole, own) in enumerate(zip(leaf.shape, part, strict=True)) if whole != own)
+    strides = [math.prod(leaf.shape[axis + 1 :]) * itemsize for axis in range(len(part))]
+    run_bytes = math.prod(part[split:]) * itemsize
+    for shard, position in enumerate(np.ndindex(*shard_grid(leaf))):
+        start = sum(at * size * stride for at, size, stride in zip(position, part, strides, strict=True))
+        for run, row in enumerate(np.ndindex(*part[:split])):
+            offset = start + sum(at * stride for at, stride in zip(row, strides[:split], strict=True))
+            yield run * run_bytes, layout.offset + offset, run_bytes, 0, first_source + shard, 0
 
 
 def _round_up(value: int, step: int) -> int:
@@ -209,8 +244,9 @@ class Slot:
         _native.prefault(self.buffer, threads)
 
     def close(self) -> None:
-        """Gives the memory back."""
-        self.buffer.close()
+        """Gives the memory back; what somebody still has a view of goes with that view."""
+        with contextlib.suppress(BufferError):
+            self.buffer.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -5,34 +5,37 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
-from offstep import commit, keras_state, policy
+from offstep import commit, keras_formats, keras_state, policy
 from offstep.batches import Dispatch, Logs, StepCounter
 from offstep.checkpointer import check_full_every, check_max_to_keep
 from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
 from offstep.errors import SaveTimeout
 from offstep.records import SaveStats
-from offstep.snapshot import Mode, describe_leaf
+from offstep.snapshot import Mode
+
+_UNSURE_FILES = 64  # more than can be on their way at once; what fails does not count as kept
 
 
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
     """Saves a Keras model while it trains, without making the training step wait for the disk.
 
     The arguments up to `initial_value_threshold`, the messages and the decisions are those of
-    `keras.callbacks.ModelCheckpoint`. What is saved is the whole state (weights, optimizer, metrics, seed generators)
-    in a directory that `keras.saving.load_model`, `model.load_weights` and Orbax read.
+    `keras.callbacks.ModelCheckpoint`. So are the files: `.weights.h5` with `save_weights_only`, else `.keras` or `.h5`.
+    With any other suffix the whole state (weights, optimizer, metrics, seed generators) is saved in a directory that
+    `keras.saving.load_model`, `model.load_weights` and Orbax read.
 
     Args:
         filepath: Template of the path, e.g. `"ckpts/{step}"`. Fields: `{epoch}` and `{batch}` (from 1), `{step}`
-            (`optimizer.iterations`) and the keys of `logs`. With the last part `{step}` the directory above holds all
-            steps; any other path holds one step, which the next save to it replaces. Load either with
+            (`optimizer.iterations`) and the keys of `logs`. For a directory: with the last part `{step}` the directory
+            above holds all steps; any other path holds one step, which the next save to it replaces. Load either with
             `keras.saving.load_model(directory that holds the steps)`.
         monitor: Name of the metric that decides what is best.
         verbose: 0 is silent, 1 prints Keras's lines.
@@ -41,7 +44,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         mode: `"auto"`, `"min"` or `"max"`.
         save_freq: `"epoch"`, or a number of batches.
         initial_value_threshold: What the first best has to beat.
-        max_to_keep: How many of the newest steps of a directory stay; `None` keeps all.
+        max_to_keep: How many of the newest steps of a directory stay, or of the files that this run saved; `None`
+            keeps all.
         slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
         on_busy: When all slots are on their way: `"wait"` for one, or `"skip"` the save (and count it).
         on_error: Whether a save that failed in the background is raised by the next hook, or only warned of.
@@ -87,11 +91,19 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         full_every: int | None = None,
     ) -> None:
         filepath = os.fspath(filepath)
-        _check_format(filepath)
-        # Keras's checks know its own files only: they see a name of the kind that the other arguments ask for.
+        self._format = policy.format_of(filepath, weights_only=save_weights_only)
+        is_directory = self._format == keras_formats.DIRECTORY
+        # Keras's checks know its own files only: for a directory they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
         super().__init__(
-            stand_in, monitor, verbose, save_best_only, save_weights_only, mode, save_freq, initial_value_threshold
+            stand_in if is_directory else filepath,
+            monitor,
+            verbose,
+            save_best_only,
+            save_weights_only,
+            mode,
+            save_freq,
+            initial_value_threshold,
         )
         self.filepath = filepath
         if save_freq != "epoch" and int(save_freq) < 1:
@@ -101,15 +113,21 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         options = Options(
             slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process, full_every=full_every
         )
+        if skip_unchanged and not is_directory:
+            raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
         self._skip_unchanged = skip_unchanged
         self._template = policy.Template(filepath)
         root, kind = policy.split_target(self._template)
         self._root_template, self._holds_one_step = root, kind == "single"
+        if not is_directory:
+            self._root_template = policy.Template(os.path.dirname(filepath) or ".", filepath=filepath)
         self._max_to_keep = max_to_keep
         self._engine = Engine(options, on_durable=self._say_durable)
         self._base = self._working_directory = Path()
         self._current_epoch = 0
-        self._state: keras_state.KerasState | None = None
+        self._order: tuple[int, ...] = ()  # which live array each leaf is
+        self._iteration_index: int | None = None
+        self._saved: deque[PendingSave] = deque(maxlen=None if max_to_keep is None else max_to_keep + _UNSURE_FILES)
         self._signature: object = None
         self._steps = StepCounter()
         self._is_in_fit = False
@@ -197,6 +215,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._base = _constant_parent(self._root_template)
         self._working_directory = Path.cwd()
         commit.probe_directory(self._base)
+        if not self._template.fields:
+            self._refuse_directory(self._template.format({}))
         self._open()
 
     def _catch_up(self) -> None:
@@ -264,13 +284,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def _save_model(self, epoch: int, batch: int | None, logs: Logs | None) -> None:
         started = time.monotonic()
         self._engine.poll()
-        if self._state is None:
+        if self._signature is None:
             self._begin()
         if not self._counts_exactly:
             self._correct_steps()
         filepath = self._get_file_path(epoch, batch, logs)
         if not self._should_save_model(epoch, batch, logs, filepath):
             return
+        self._refuse_directory(filepath)
         arrays = self._live_arrays()
         manifest = {
             "epoch": epoch + 1,
@@ -278,12 +299,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             "metrics": _plain_numbers(logs or {}),
         }
         fields = self._fields(epoch, batch, logs)
-        assert self._state is not None
+        siblings = self._list_siblings()
         pending = self._engine.save(
             arrays,
             self._steps.current,
-            lambda step: self._target(fields | {"step": step}),
-            step_leaf=self._state.iteration_index,
+            lambda step: self._target(fields | {"step": step}, siblings),
+            step_leaf=self._iteration_index,
             step_divisor=self._steps.divisor,
             manifest=manifest,
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
@@ -291,36 +312,67 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         )
         if pending is None:
             self._tell_once("A save was skipped: all slots are on their way to the disk; `counts.skipped` has them.")
+        elif self._max_to_keep is not None and self._is_file:
+            self._saved.append(pending)
 
-    def _target(self, fields: Mapping[str, Any]) -> Target:
+    @property
+    def _is_file(self) -> bool:
+        return self._format != keras_formats.DIRECTORY
+
+    def _target(self, fields: Mapping[str, Any], siblings: Sequence[Path]) -> Target:
         root = self._working_directory / self._root_template.format(fields)
         shown = self._template.format(fields)
-        return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
+        if not self._is_file:
+            return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
+        file = self._working_directory / shown
+        others = tuple(str(path) for path in siblings if path != file)
+        return Target(self._base, root, shown, self._max_to_keep, file=file, siblings=others)
+
+    def _list_siblings(self) -> list[Path]:
+        """Returns the files saved so far, each once, in the order of their newest contents."""
+        newest_first = dict.fromkeys(self._working_directory / pending.path for pending in reversed(self._saved))
+        return list(newest_first)[::-1]
+
+    def _refuse_directory(self, filepath: str) -> None:
+        if self._is_file and (self._working_directory / filepath).is_dir():
+            raise OSError(  # in the words of Keras
+                "Please specify a non-directory filepath for ModelCheckpoint. "
+                f"Filepath used is an existing directory: {filepath}"
+            )
 
     def _live_arrays(self) -> list[Any]:
         arrays, signature = self._read_state()
-        if signature != self._signature or not self._engine.matches(arrays):
+        if signature != self._signature or not self._engine.matches(self._arrange(arrays)):
             self._open()
-        return arrays
+        return self._arrange(arrays)
+
+    def _arrange(self, arrays: list[Any]) -> list[Any]:
+        return [arrays[number] for number in self._order]
 
     def _read_state(self) -> tuple[list[Any], object]:
-        return keras_state.live_state(self._model, weights_only=self.save_weights_only, as_trained=self._as_trained)
+        weights_only = self.save_weights_only and not self._is_file  # the files of Keras have the optimizer too
+        return keras_state.live_state(self._model, weights_only=weights_only, as_trained=self._as_trained)
 
     def _open(self) -> None:
         arrays, self._signature = self._read_state()
-        state = keras_state.describe_state(self._model, weights_only=self.save_weights_only)
-        for note in state.notes:
+        form = keras_formats.describe_form(
+            self._model,
+            arrays,
+            self._format,
+            weights_only=self.save_weights_only,
+            skip_unchanged=self._skip_unchanged,
+        )
+        for note in form.notes:
             self._tell_once(note)
-        leaves = [describe_leaf(path, array) for path, array in zip(state.paths, arrays, strict=True)]
-        if self._skip_unchanged:
-            first = len(self._model.trainable_variables)
-            frozen = range(first, first + len(self._model.non_trainable_variables))
-            leaves = [replace(leaf, is_frozen=index in frozen) for index, leaf in enumerate(leaves)]
-        documents = None
-        if state.config is not None:
-            documents = {"config": state.config, "assets": {name: data.hex() for name, data in state.assets.items()}}
-        self._engine.open(leaves, arrays, empty_nodes=state.empty_nodes, documents=documents)
-        self._state = state
+        self._order, self._iteration_index = form.order, form.iteration_index
+        self._engine.open(
+            form.leaves,
+            self._arrange(arrays),
+            format=form.format,
+            empty_nodes=form.empty_nodes,
+            documents=form.documents,
+            rendering=form.rendering,
+        )
         self._steps.divisor = keras_state.batches_per_iteration(self._model)
         self._correct_steps()
 
@@ -338,14 +390,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if text not in self._told:
             self._told.add(text)
             warnings.warn(text, UserWarning, stacklevel=3)
-
-
-def _check_format(filepath: str) -> None:
-    if policy.format_of(filepath) != "orbax_directory":
-        raise ValueError(
-            "This version saves directories that Keras and Orbax load, such as 'ckpts/{step}'; Keras files "
-            f"(.keras, .weights.h5, .h5) come with the next one. Received: filepath={filepath}"
-        )
 
 
 def _constant_parent(template: policy.Template) -> Path:

@@ -24,6 +24,9 @@ from offstep import _native
 IN_PROGRESS_MARK = ".orbax-checkpoint-tmp"
 """Orbax's own mark of a directory that is being written; its scanners skip such names."""
 
+FILE_IN_PROGRESS_PREFIX = ".offstep-tmp-"
+"""Begins the name of a single file that is being written: hidden, and without the suffix of its format."""
+
 TRASH_PREFIX = ".offstep-trash-"
 
 Parts = Sequence[bytes | memoryview]
@@ -183,6 +186,81 @@ class StagedDirectory:
             self._directories.add(directory)
 
 
+class StagedFile:
+    """A file that is being written beside its final place, under a name that nobody looks for.
+
+    Use it as a context manager: what has not been committed when the block ends is deleted.
+
+    Args:
+        final: Where `commit` will put it; the parent exists.
+        size_bytes: What it will measure.
+        tag: Ends the temporary name; what an earlier attempt with this tag left behind is deleted.
+
+    Raises:
+        IsADirectoryError: a directory is where the file shall go.
+    """
+
+    def __init__(self, final: Path, *, size_bytes: int, tag: str | None = None) -> None:
+        if final.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a directory is where the file shall go", str(final))
+        self.final = final
+        self.path = final.with_name(f"{FILE_IN_PROGRESS_PREFIX}{tag or secrets.token_hex(4)}")
+        self._size_bytes = size_bytes
+        if tag is not None:
+            self.path.unlink(missing_ok=True)
+        self._descriptor = _open_new(self.path, direct=size_bytes >= _DIRECT_FROM_BYTES)
+        self._is_ours = True  # whether the temporary name is still there to be deleted
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+        if self._is_ours:
+            self.path.unlink(missing_ok=True)
+
+    def write(self, content: bytes | memoryview, offset: int, *, io_threads: int = 1) -> None:
+        """Puts `content` at `offset`, a multiple of 4096.
+
+        Whole pages of a memory map bypass the page cache. Other content may be followed, up to the next
+        page, by what was there or by zeros; write the pieces in ascending order, or in pieces of whole pages.
+
+        Raises:
+            OSError: the first failure.
+        """
+        try:
+            self._write(content, offset, io_threads)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)  # O_DIRECT refused: through the page cache then
+            self._write(content, offset, io_threads)
+
+    def _write(self, content: bytes | memoryview, offset: int, io_threads: int) -> None:
+        if isinstance(content, memoryview) and _is_whole_pages(content):
+            _native.write_at(self._descriptor, content, offset, _BLOCK_BYTES, io_threads)
+        elif content:
+            _write_padded(self._descriptor, content, offset)
+
+    def commit(self) -> None:
+        """Makes what was written durable under the final name, in place of an older file.
+
+        Raises:
+            OSError: it is not durable; an older file is still there, whole.
+        """
+        os.ftruncate(self._descriptor, self._size_bytes)
+        os.fsync(self._descriptor)
+        os.replace(self.path, self.final)
+        self._is_ours = False
+        sync_directory(self.final.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Takes a checkpoint that is a file away, durably."""
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
 def remove_directory(directory: Path) -> None:
     """Takes a checkpoint away: it leaves its name durably first, and is deleted after that."""
     trash = directory.with_name(f"{TRASH_PREFIX}{directory.name}-{secrets.token_hex(4)}")
@@ -222,11 +300,15 @@ def _delete(path: Path, *, ignore_errors: bool = False) -> None:
 
 
 def _create(path: Path, parts: Parts) -> int:
-    direct = getattr(os, "O_DIRECT", 0) if _is_large(parts) else 0
+    return _open_new(path, direct=_is_large(parts))
+
+
+def _open_new(path: Path, *, direct: bool) -> int:
+    flag = getattr(os, "O_DIRECT", 0) if direct else 0
     try:
-        return os.open(path, _CREATE_FLAGS | direct, 0o666)
+        return os.open(path, _CREATE_FLAGS | flag, 0o666)
     except OSError as error:
-        if not direct or error.errno != errno.EINVAL:
+        if not flag or error.errno != errno.EINVAL:
             raise
     return os.open(path, _CREATE_FLAGS & ~os.O_EXCL, 0o666)  # O_DIRECT refused: the first open made the file
 
@@ -283,8 +365,12 @@ def _write_large(descriptor: int, parts: Parts, io_threads: int) -> None:
 
 def _write_tail(descriptor: int, tail: bytes, offset: int) -> None:
     """Appends `tail` with page-aligned writes, then cuts the padding off."""
-    padded_bytes = -(-len(tail) // _ALIGNMENT) * _ALIGNMENT
-    with mmap.mmap(-1, padded_bytes) as page_aligned:
-        page_aligned[: len(tail)] = tail
-        _native.write_at(descriptor, page_aligned, offset, _BLOCK_BYTES, 1)
+    _write_padded(descriptor, tail, offset)
     os.ftruncate(descriptor, offset + len(tail))
+
+
+def _write_padded(descriptor: int, content: bytes | memoryview, offset: int) -> None:
+    padded_bytes = -(-len(content) // _ALIGNMENT) * _ALIGNMENT
+    with mmap.mmap(-1, padded_bytes) as page_aligned:
+        page_aligned[: len(content)] = content
+        _native.write_at(descriptor, page_aligned, offset, _BLOCK_BYTES, 1)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offstep import _native, writer
-from offstep.buffers import Slot, SlotPool, make_plan
+from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed, SaveTimeout, WriterDied
-from offstep.formats import orbax_directory
+from offstep.formats import FORMATS
 from offstep.records import Job, Leaf, PathKey, SaveStats
+from offstep.rendering import Rendering, make_image, read_arrays
 from offstep.snapshot import Array, Mode, Snapshotter
 
 OnBusy = Literal["wait", "skip"]
@@ -38,10 +39,12 @@ class Target:
 
     Attributes:
         base: Existing directory below which everything happens.
-        root: Directory of steps; the checkpoint is `root/<step>`.
+        root: Directory of steps; the checkpoint is `root/<step>`. For a single file, the directory that it is in.
         shown: The path that the user is told.
         keep: How many of the newest steps stay; `None` keeps all.
         replace_all: Whether all other steps of the root go.
+        file: The checkpoint itself, where it is a single file.
+        siblings: Other files that `keep` counts, oldest first.
     """
 
     base: Path
@@ -49,6 +52,8 @@ class Target:
     shown: str
     keep: int | None = None
     replace_all: bool = False
+    file: Path | None = None
+    siblings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,10 +158,12 @@ class _Opened:
     """What exists between `open` and `close`."""
 
     writer: writer.Writer
+    format: str
     plan: int
     snapshotter: Snapshotter
     pool: SlotPool
     fetcher: ThreadPoolExecutor | None
+    rendering: Rendering | None
 
 
 @dataclass
@@ -204,12 +211,15 @@ class Engine:
         leaves: Sequence[Leaf],
         arrays: Sequence[Array],
         *,
+        format: str = "orbax_directory",  # noqa: A002  the word that records and formats use
         empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
         documents: dict[str, Any] | None = None,
+        rendering: Rendering | None = None,
     ) -> None:
         """Makes plan and slots for one structure and starts the writer, all in the background where it takes long.
 
-        An earlier structure is finished and given up first.
+        An earlier structure is finished and given up first. `format` is a key of `formats.FORMATS`; `documents` is
+        JSON that its `prepare` takes; `rendering` makes the files that the writer cannot make.
 
         Raises:
             BudgetExceeded: not even one snapshot fits into the memory budget.
@@ -217,17 +227,17 @@ class Engine:
         """
         self.close()
         options = self._options
-        orbax_directory.check_leaves(leaves)
-        plan = make_plan(leaves, empty_nodes)
+        plan = FORMATS[format].place(leaves, empty_nodes)
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
         pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
         borrowed = writer.borrow_shared(in_process=options.in_process)
         for slot in pool.slots:
             borrowed.add_slot(slot)
-        number = borrowed.add_plan(plan, documents)
-        fetcher = ThreadPoolExecutor(1, "offstep-fetch") if snapshotter.mode == "device_copy" else None
+        number = borrowed.add_plan(plan, format, documents)
+        needs_thread = snapshotter.mode == "device_copy" or rendering is not None
+        fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
         _unfinished[self] = None
-        self._opened = _Opened(borrowed, number, snapshotter, pool, fetcher)
+        self._opened = _Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering)
 
     def close(self) -> None:
         """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`."""
@@ -340,42 +350,71 @@ class Engine:
 
     def _start(self, work: _Work, arrays: Sequence[Array]) -> None:
         opened = work.opened
-        if opened.fetcher is None:
-            opened.snapshotter.take(arrays, work.slot)
+        if opened.snapshotter.mode == "device_copy":
+            self._queue(work, opened.snapshotter.copy_on_device(arrays))
+            return
+        opened.snapshotter.take(arrays, work.slot)
+        if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
             self._submit(work)
         else:
-            private = opened.snapshotter.copy_on_device(arrays)
-            opened.fetcher.submit(self._fetch, work, private)
+            self._queue(work, None)
 
-    def _fetch(self, work: _Work, private: list[Array]) -> None:
+    def _is_queue_empty(self, work: _Work) -> bool:
+        # Saves must reach the writer in their order: two may have one target.
+        return all(pending._submitted.is_set() for pending in list(self._pending.values()) if pending != work.pending)
+
+    def _queue(self, work: _Work, private: list[Array] | None) -> None:
+        assert work.opened.fetcher is not None
+        work.opened.fetcher.submit(self._fetch, work, private)
+
+    def _fetch(self, work: _Work, private: list[Array] | None) -> None:
         """Runs on the fetching thread."""
         try:
-            work.opened.snapshotter.fetch(private, work.slot)
-            self._submit(work)
+            if private is not None:
+                work.opened.snapshotter.fetch(private, work.slot)
+            self._submit(work, self._render(work))
         except Exception as error:  # noqa: BLE001  reported like any failure of the writer
             self._take_outcome(work, {"error": f"{type(error).__name__}: {error}", "errno": None})
             work.pending._submitted.set()
 
-    def _submit(self, work: _Work) -> None:
+    def _render(self, work: _Work) -> bytes | None:
+        """Returns the file where the trainer has to make it, else `None`."""
+        rendering = work.opened.rendering
+        if rendering is None or rendering.is_settled:
+            return None
+        arrays = read_arrays(work.opened.snapshotter.plan, work.slot.buffer)
+        is_known = bool(rendering.difference)
+        if not rendering.has_to_render(arrays):
+            return None
+        if rendering.difference and not is_known:
+            self._remarks.append(f"{rendering.difference}: from now on Keras writes each file, on a thread beside fit.")
+        return rendering.render(arrays)
+
+    def _submit(self, work: _Work, content: bytes | None = None) -> None:
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
         work.pending._note(step=step, path=target.shown)
+        image = None if content is None else make_image(content)
         job = Job(
             number=work.number,
             step=step,
-            format="orbax_directory",
-            target=str(target.root / str(step)),
+            format=work.opened.format if content is None else "whole_file",
+            target=str(target.root / str(step) if target.file is None else target.file),
             base=str(target.base),
             root=str(target.root),
-            slot=work.slot.number,
+            slot=work.slot.number if image is None else image.number,
             plan=work.opened.plan,
             tag=work.opened.writer.job_tag(work.number),
             keep=target.keep,
             replace_all=target.replace_all,
+            siblings=target.siblings,
+            file_bytes=None if content is None else len(content),
             manifest=work.manifest | {"step": step},
             full_every=self._options.full_every,
         )
-        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome))
+        if image is not None:
+            work.opened.writer.add_slot(image)
+        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image))
         work.pending._submitted.set()
 
     # ------------------------------------------------------------------------------------------------- reports
@@ -427,7 +466,7 @@ class Engine:
             return
         self._opened.writer.collect(3600.0 if timeout is None else timeout, until)
 
-    def _take_outcome(self, work: _Work, outcome: writer.Outcome) -> None:
+    def _take_outcome(self, work: _Work, outcome: writer.Outcome, image: Slot | None = None) -> None:
         pending = self._pending.pop(work.number)
         error = outcome.get("error")
         if error is None:
@@ -442,6 +481,9 @@ class Engine:
             self.counts.failed += 1
             pending._error = _failure(pending, outcome)
             self._failures.append(pending._error)
+        if image is not None:
+            work.opened.writer.drop_slot(image)
+            image.close()
         work.opened.pool.release(work.slot)
         pending._done.set()
         if error is None:

@@ -124,6 +124,14 @@ def find_saving_lib() -> ModuleType | None:
         return None
 
 
+def find_global_state() -> ModuleType | None:
+    """Returns Keras's private module of what it keeps for each thread, if this Keras has it."""
+    try:
+        return importlib.import_module("keras.src.backend.common.global_state")
+    except ImportError:
+        return None
+
+
 def serialize_model(model: Model, saving_lib: ModuleType | None) -> tuple[str | None, str]:
     """Returns the JSON that `load_model` needs, or `None` and the reason; `saving_lib` is `find_saving_lib()`."""
     serialize = getattr(saving_lib, "_serialize_model_as_json", None)

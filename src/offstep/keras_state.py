@@ -215,7 +215,7 @@ def describe_state(model: Model, *, weights_only: bool = False) -> KerasState:
         empty_nodes=_find_empty_nodes(paths, GROUPS),
         config=config,
         assets=collect_assets(model, saving_lib),
-        iteration_index=_find_iteration(model, live),
+        iteration_index=find_iteration(model),
         aliases=aliases,
         notes=(*notes, *clash_notes, *_note_adapted(model)),
     )
@@ -226,9 +226,11 @@ def _find_empty_nodes(paths: Iterable[StatePath], groups: Iterable[str]) -> tupl
     return tuple(((group,), "Dict") for group in groups if group not in filled)
 
 
-def _find_iteration(model: Model, live: Sequence[VariableRecord]) -> int | None:
+def find_iteration(model: Model) -> int | None:
+    """Returns which of the live arrays is the optimizer's counter of batches; `None` without an optimizer."""
     counter = _find_counter(model)
-    return next((i for i, v in enumerate(live) if v.key == id(counter)), None)
+    live = [variable for group in GROUPS for variable in list_variables(model, group)]
+    return next((i for i, variable in enumerate(live) if variable is counter), None)
 
 
 def _find_counter(model: Model) -> Variable | None:

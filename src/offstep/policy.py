@@ -153,11 +153,14 @@ def split_target(template: Template) -> tuple[Template, TargetKind]:
     return Template(root, filepath=template.filepath), "steps"
 
 
-def format_of(filepath: str) -> str:
-    """Returns the name of the format that `filepath` asks for by its suffix; what is no Keras file is a directory."""
+def format_of(filepath: str, *, weights_only: bool = True) -> str:
+    """Returns the name of the format that `filepath` asks for by its suffix; what is no Keras file is a directory.
+
+    Without `weights_only`, `.weights.h5` is a whole model in the legacy format, as it is to stock Keras.
+    """
     for suffix, name in _FORMAT_BY_SUFFIX.items():
         if filepath.endswith(suffix):
-            return name
+            return "keras_legacy" if name == "keras_weights" and not weights_only else name
     return "orbax_directory"
 
 

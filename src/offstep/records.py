@@ -135,12 +135,15 @@ class Job:
         format: Key into `formats.FORMATS`.
         target: Final absolute path.
         base: Existing directory below which everything happens; that it vanished is an error.
-        root: Directory that holds the steps of an Orbax root (`target`'s parent), made if missing.
+        root: Directory that holds the steps of an Orbax root, or a file (`target`'s parent), made if missing.
         slot: Number of the slot with the snapshot.
         plan: Number of the plan that describes the slot.
         tag: Tells the temporary names of this job from all others', so that a second attempt finds what the first left.
         keep: How many of the newest steps of `root` stay; `None` keeps all.
         replace_all: Every other step of `root` goes once this one is durable.
+        siblings: Other files that this run has saved by the same template, oldest first; of those that are there, the
+            newest `keep - 1` stay.
+        file_bytes: Size of the file, where the trainer has made it and the slot holds nothing else.
         manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
     """
@@ -156,6 +159,8 @@ class Job:
     tag: str
     keep: int | None = None
     replace_all: bool = False
+    siblings: tuple[str, ...] = ()
+    file_bytes: int | None = None
     manifest: dict[str, Any] = field(default_factory=dict)  # JSON
     full_every: int | None = None
 

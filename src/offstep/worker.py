@@ -23,22 +23,22 @@ from typing import Any
 
 from offstep import catalog, commit, retention
 from offstep.buffers import Slot
-from offstep.formats import orbax_directory
-from offstep.formats.base_file import BaseFile, Split
+from offstep.formats import FORMATS
 from offstep.records import Job, Plan
 from offstep.wire import Channel, Message
 
 PROCESS_NICENESS = 5
-_IO_THREADS = 2
-MANIFEST_NAME = "offstep.json"
 
 
 @dataclass
 class _Holdings:
-    """What the trainer has handed over: slots by number, prepared plans by number."""
+    """What the trainer has handed over: slots by number, prepared plans by number.
+
+    In place of a plan that could not be prepared there is the error, for the jobs that need it.
+    """
 
     slots: dict[int, mmap.mmap] = field(default_factory=dict)
-    plans: dict[int, orbax_directory.PreparedDirectory] = field(default_factory=dict)
+    plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -105,18 +105,17 @@ def _read_plan(descriptor: int) -> dict[str, Any]:
     return data
 
 
-def _prepare(data: dict[str, Any]) -> orbax_directory.PreparedDirectory:
-    documents = data["documents"]
-    if documents is not None:
-        assets = {name: bytes.fromhex(text) for name, text in documents["assets"].items()}
-        documents = orbax_directory.ModelDocuments(config=documents["config"], assets=assets)
-    return orbax_directory.prepare(Plan.from_json(data["plan"]), documents)
+def _prepare(data: dict[str, Any]) -> Any:
+    try:
+        return FORMATS[data["format"]].prepare(Plan.from_json(data["plan"]), data["documents"])
+    except Exception as error:  # noqa: BLE001  raised by each job that needs it, where the trainer hears of it
+        return error
 
 
 def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
     try:
-        written_bytes = write_checkpoint(job, holdings.plans[job.plan], holdings.slots[job.slot])
+        written_bytes = _write(job, holdings.plans[job.plan], holdings.slots[job.slot])
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         code = error.errno if isinstance(error, OSError) else None
         if code is None:
@@ -135,49 +134,18 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     return answer
 
 
-def write_checkpoint(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap) -> int:
-    """Writes one snapshot and commits it; returns the bytes of all files that were written, and not just linked.
-
-    Raises:
-        OSError: it is not durable; nothing that was there before is touched.
-    """
-    target, root = Path(job.target), Path(job.root)
+def _write(job: Job, prepared: Any, slot: mmap.mmap) -> int:
+    if isinstance(prepared, Exception):
+        raise prepared
     if not Path(job.base).is_dir():
         raise FileNotFoundError(errno.ENOENT, "the directory to save into has vanished", job.base)
-    commit.make_root(root)
-    with commit.StagedDirectory(target, tag=job.tag) as staged, memoryview(slot) as view:
-        split, linked = _split(staged, job, prepared.base, view)
-        files = orbax_directory.data_files(
-            prepared, view, step=job.step, target=job.target, now_ns=time.time_ns(), split=split
-        )
-        sizes = staged.write(files, io_threads=_IO_THREADS)
-        del files  # they refer to the slot
-        manifest = json.dumps(job.manifest | {"files": sizes | linked}).encode()
-        sizes |= staged.write({MANIFEST_NAME: (manifest,)})
-        staged.commit()
-    if prepared.base is not None and split is not None:
-        file = None if split.base is None else commit.identify(target / orbax_directory.base_path(split))
-        prepared.base.remember(split, file)
-    return sum(sizes.values())
-
-
-def _split(
-    staged: commit.StagedDirectory, job: Job, base: BaseFile | None, slot: memoryview
-) -> tuple[Split | None, dict[str, int]]:
-    """Spreads the slot over two files, and links the one that is there already: its name and size are returned."""
-    if base is None:
-        return None, {}
-    split = base.split(slot, full_every=job.full_every)
-    if not split.is_linked or base.file is None:
-        return split, {}
-    name = orbax_directory.base_path(split)
-    try:
-        return split, {name: staged.link(name, base.file)}
-    except OSError:  # deleted with its checkpoint, too many links, another file system, or one without links
-        return base.split_anew(slot), {}
+    return FORMATS[job.format].write(job, prepared, slot)
 
 
 def _retire(job: Job) -> None:
+    if FORMATS[job.format].is_file:
+        _retire_files(job)
+        return
     if job.keep is None and not job.replace_all:
         return
     root = Path(job.root)
@@ -185,6 +153,14 @@ def _retire(job: Job) -> None:
         catalog.list_steps(root), job.step, keep=job.keep, replace_all=job.replace_all
     ):
         commit.remove_directory(root / str(step))
+
+
+def _retire_files(job: Job) -> None:
+    if job.keep is None:
+        return
+    written = [path for path in map(Path, job.siblings) if path.is_file()]  # what failed does not count
+    for path in written[: max(0, len(written) + 1 - job.keep)]:
+        commit.remove_file(path)
 
 
 def main() -> None:

@@ -95,14 +95,16 @@ class Writer:
             del self._handed.slots[slot.number]
             self._tell({"do": "drop_slot", "slot": slot.number})
 
-    def add_plan(self, plan: Plan, documents: dict[str, Any] | None) -> int:
+    def add_plan(self, plan: Plan, format: str, documents: dict[str, Any] | None) -> int:  # noqa: A002
         """Makes a plan known to the writer and returns its number.
 
         Args:
             plan: Layout of the slots.
-            documents: `{"config": str, "assets": {path: hex}}` of a Keras model, else `None`.
+            format: Key of `formats.FORMATS`.
+            documents: What that format's `prepare` wants beside the plan, as JSON; e.g. `{"config": str,
+                "assets": {path: hex}}` of a Keras model for an Orbax directory.
         """
-        text = json.dumps({"plan": plan.to_json(), "documents": documents}).encode()
+        text = json.dumps({"plan": plan.to_json(), "format": format, "documents": documents}).encode()
         with self._lock:
             number = self._next_plan
             self._next_plan += 1

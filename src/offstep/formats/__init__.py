@@ -1,7 +1,37 @@
-"""What a checkpoint looks like on disk: one module for each format."""
+"""What a checkpoint looks like on disk: one entry for each format."""
 
 from __future__ import annotations
 
-from offstep.formats import orbax_directory
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-FORMATS = {"orbax_directory": orbax_directory}
+from offstep.formats import keras_archive, keras_weights, orbax_step, whole_file
+from offstep.records import Job, Leaf, PathKey, Plan
+
+
+@dataclass(frozen=True)
+class Format:
+    """What engine and writer need to know of one format.
+
+    Attributes:
+        place: In the trainer, once for each structure: gives each leaf its place in a slot. Raises `UnsupportedLeaf`.
+        prepare: In the writer, once for each plan: (plan, documents) → what `write` wants; documents are JSON.
+        write: In the writer, for each save: makes the slot durable under `job.target` and returns the bytes that were
+            written. Raises `OSError`.
+        is_file: Whether a checkpoint is a single file rather than a directory in a root of steps.
+    """
+
+    place: Callable[[Sequence[Leaf], Sequence[tuple[tuple[PathKey, ...], str]]], Plan]
+    prepare: Callable[[Plan, dict[str, Any] | None], Any]  # JSON; whatever the same format's `write` takes
+    write: Callable[[Job, Any, mmap.mmap], int]
+    is_file: bool = False
+
+
+FORMATS = {
+    "orbax_directory": Format(orbax_step.place, orbax_step.prepare, orbax_step.write),
+    "keras_weights": Format(keras_weights.place, keras_weights.prepare, keras_weights.write, is_file=True),
+    "keras_archive": Format(keras_weights.place, keras_archive.prepare, keras_archive.write, is_file=True),
+    "whole_file": Format(keras_weights.place, whole_file.prepare, whole_file.write, is_file=True),
+}

@@ -1,0 +1,80 @@
+"""A `.weights.h5` file as stock Keras reads it: constant metadata, then the slot, which is the arrays.
+
+    file = metadata  slot           the slot starts on a multiple of 4096 and ends with the last page that has a dataset
+    slot = (element*  crc)*         each dataset whole and in row-major order, then a CRC-32C that HDF5 does not look at
+
+The snapshot may hold more leaves than the file: those without a path lie behind all others and are cut off.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offstep import commit
+from offstep.buffers import make_whole_plan
+from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
+from offstep.records import Job, Leaf, PathKey, Plan
+
+PAGE_BYTES = 4096
+_IO_THREADS = 2
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """What is the same in every file of one plan.
+
+    Attributes:
+        head: Bytes before the slot.
+        body_bytes: How much of the slot belongs to the file.
+    """
+
+    head: bytes
+    body_bytes: int
+
+
+def place(leaves: Sequence[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]]) -> Plan:
+    """Gives each leaf its place in a slot: whole, and those without a path on pages of their own behind the others."""
+    return make_whole_plan(leaves, empty_nodes)
+
+
+def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedFile:  # JSON
+    """Makes the file's metadata; `documents` is `{"groups": {path: {attribute: text}}}`."""
+    skeleton, body_bytes = make_plan_skeleton(plan, (documents or {}).get("groups", {}))
+    data_at = round_to_pages(len(skeleton.image))
+    return PreparedFile(skeleton.encode(data_at=data_at, data_bytes=body_bytes), body_bytes)
+
+
+def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
+    """Writes one snapshot and commits it in place of an older file; returns its size in bytes.
+
+    Raises:
+        OSError: it is not durable; an older file is untouched.
+    """
+    target, head = Path(job.target), prepared.head
+    commit.make_root(target.parent)
+    size_bytes = len(head) + prepared.body_bytes
+    with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged, memoryview(slot) as body:
+        staged.write(head, 0)
+        staged.write(body[: prepared.body_bytes], len(head), io_threads=_IO_THREADS)
+        staged.commit()
+    return size_bytes
+
+
+def make_plan_skeleton(plan: Plan, groups: dict[str, dict[str, str]]) -> tuple[Skeleton, int]:
+    """Returns the metadata for the leaves that have paths, and how many bytes of the slot these leaves take."""
+    datasets = [
+        Dataset("/".join(map(str, layout.leaf.path)), layout.leaf.shape, layout.leaf.dtype, layout.offset)
+        for layout in plan.leaves
+        if layout.leaf.path
+    ]
+    ends = [layout.offset + layout.chunk_count * layout.stride_bytes for layout in plan.leaves if layout.leaf.path]
+    return make_skeleton(datasets, groups), round_to_pages(max(ends, default=0))
+
+
+def round_to_pages(size_bytes: int) -> int:
+    """Returns the next multiple of a page."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
