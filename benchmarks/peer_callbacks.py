@@ -86,16 +86,20 @@ class Idle(keras.callbacks.Callback):
         pass
 
 
-def _offstep(setup: Setup) -> Contender:
-    from offstep import ModelCheckpoint
+def _offstep(suffix: str = "", **options: Any) -> Callable[[Setup], Contender]:  # arguments of Keras
+    def make(setup: Setup) -> Contender:
+        from offstep import ModelCheckpoint
 
-    callback = ModelCheckpoint(f"{setup.directory}/{{step}}", save_freq=setup.save_freq, max_to_keep=KEEP)
+        template = f"{setup.directory}/{{step}}{suffix}"
+        callback = ModelCheckpoint(template, save_freq=setup.save_freq, max_to_keep=KEEP, **options)
 
-    def outcomes() -> dict[int, dict[str, Any]]:  # numbers and text, for JSON
-        names = ("call_seconds", "wait_seconds", "durable_seconds", "cpu_seconds", "error")
-        return {save.step: {name: getattr(save, name) for name in names} for save in callback.stats}
+        def outcomes() -> dict[int, dict[str, Any]]:  # numbers and text, for JSON
+            names = ("call_seconds", "wait_seconds", "durable_seconds", "cpu_seconds", "error")
+            return {save.step: {name: getattr(save, name) for name in names} for save in callback.stats}
 
-    return Contender(callback, callback.wait_until_finished, outcomes)
+        return Contender(callback, callback.wait_until_finished, outcomes)
+
+    return make
 
 
 class FsyncedModelCheckpoint(keras.callbacks.ModelCheckpoint):
@@ -106,9 +110,12 @@ class FsyncedModelCheckpoint(keras.callbacks.ModelCheckpoint):
         fsync_tree(Path(self._get_file_path(epoch, batch, logs)))
 
 
-def _model_checkpoint(setup: Setup) -> Contender:
-    cls = FsyncedModelCheckpoint if setup.equalise else keras.callbacks.ModelCheckpoint
-    return Contender(cls(f"{setup.directory}/{{batch}}.keras", save_freq=setup.save_freq))
+def _model_checkpoint(suffix: str, **options: Any) -> Callable[[Setup], Contender]:  # arguments of Keras
+    def make(setup: Setup) -> Contender:
+        cls = FsyncedModelCheckpoint if setup.equalise else keras.callbacks.ModelCheckpoint
+        return Contender(cls(f"{setup.directory}/{{batch}}{suffix}", save_freq=setup.save_freq, **options))
+
+    return make
 
 
 def _orbax_checkpoint(setup: Setup) -> Contender:
@@ -318,8 +325,11 @@ def _torch_dcp(setup: Setup) -> Contender:
 _FACTORIES: dict[str, Callable[[Setup], Contender]] = {
     "none": lambda setup: Contender(None),
     "idle": lambda setup: Contender(Idle()),
-    "offstep": _offstep,
-    "model_checkpoint": _model_checkpoint,
+    "offstep": _offstep(),
+    "offstep_keras": _offstep(".keras"),
+    "offstep_weights": _offstep(".weights.h5", save_weights_only=True),
+    "model_checkpoint": _model_checkpoint(".keras"),
+    "model_checkpoint_weights": _model_checkpoint(".weights.h5", save_weights_only=True),
     "orbax_checkpoint": _orbax_checkpoint,
     "orbax_checkpoint_tuned": _orbax_checkpoint_tuned,
     "thread_npz": _threaded(ThreadedSave),

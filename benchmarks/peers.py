@@ -54,6 +54,9 @@ _ALL = (
     Peer("orbax_manager_tuned", "orbax CheckpointManager, tuned", needs=("orbax.checkpoint",)),
     Peer("thread_safetensors", "thread + copy + safetensors", needs=("safetensors",)),
     Peer("torch_dcp", "PyTorch DCP async_save", "own", needs=("torch",)),
+    Peer("offstep_keras", "offstep (.keras)", "own", durable=True, needs=("offstep.callbacks",)),
+    Peer("offstep_weights", "offstep (.weights.h5)", "own", durable=True, needs=("offstep.callbacks",)),
+    Peer("model_checkpoint_weights", "keras ModelCheckpoint (.weights.h5)", "call"),
 )
 PEERS = {peer.name: peer for peer in _ALL}
 DEFAULT_PEERS = tuple(peer.name for peer in _ALL[:7])

@@ -50,7 +50,12 @@ def save(kind: str, directory: Path) -> None:
     data = np.random.default_rng(0).random((32, 8), "float32")
     recorder = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: write_expected(model, directory))
     ours = ModelCheckpoint(directory / "root" / "{step}", save_freq=2)
-    model.fit(data, data, batch_size=16, epochs=2, verbose=0, callbacks=[ours, recorder])
+    files = [
+        make(directory / f"{who}{suffix}", save_weights_only=suffix == ".weights.h5")
+        for suffix in (".keras", ".weights.h5")
+        for who, make in (("ours", ModelCheckpoint), ("stock", keras.callbacks.ModelCheckpoint))
+    ]
+    model.fit(data, data, batch_size=16, epochs=2, verbose=0, callbacks=[ours, *files, recorder])
     devices = {len(v.value.sharding.device_set) for v in model.trainable_variables}
     report = {"state_bytes": ours.stats[-1].state_bytes, "devices": sorted(devices)}
     (directory / "report.json").write_text(json.dumps(report))

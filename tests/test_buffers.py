@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offstep import _native, buffers
-from offstep.buffers import COPY_ENTRY, SlotPool, affordable_slots, choose_chunk_shape, copy_table, make_plan
+from offstep.buffers import (
+    COPY_ENTRY,
+    SlotPool,
+    affordable_slots,
+    choose_chunk_shape,
+    copy_table,
+    make_plan,
+    make_whole_plan,
+)
 from offstep.errors import BudgetExceeded
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, Plan
 
@@ -95,6 +104,28 @@ def test_the_table_brings_every_element_to_its_chunk_once(leaves: list[Leaf], ta
     for layout, whole in zip(plan.leaves, wholes, strict=True):
         np.testing.assert_array_equal(read_leaf(layout, slot).view(np.uint8), whole.view(np.uint8))
     assert_disjoint(plan)
+
+
+@settings(max_examples=150, deadline=None)
+@given(leaves=small_trees(), without_path=st.sets(st.integers(0, 4)))
+def test_a_whole_plan_puts_the_shards_of_each_leaf_together(leaves: list[Leaf], without_path: set[int]) -> None:
+    leaves = [replace(leaf, path=()) if index in without_path else leaf for index, leaf in enumerate(leaves)]
+    leaves.sort(key=lambda leaf: not leaf.path)
+    plan = make_whole_plan(leaves)
+    wholes = [random_array(leaf, seed) for seed, leaf in enumerate(leaves)]
+    shards = [shard for leaf, whole in zip(leaves, wholes, strict=True) for shard in cut_into_shards(leaf, whole)]
+    slot = bytearray(b"\xee" * plan.slot_bytes)
+    addresses = [shard.__array_interface__["data"][0] for shard in shards]
+    _native.gather(addresses, copy_table(plan).data, slot, 2)
+    for layout, whole in zip(plan.leaves, wholes, strict=True):
+        assert bytes(slot[layout.offset : layout.offset + whole.nbytes]) == whole.tobytes()
+        if buffers.shard_count(layout.leaf) == 1:
+            checksum = slot[layout.offset + whole.nbytes :][:CRC_BYTES]
+            assert int.from_bytes(checksum, "little") == _native.crc32c(whole.tobytes())
+    assert_disjoint(plan)
+    ends = [layout.offset + layout.stride_bytes for layout in plan.leaves if layout.leaf.path]
+    starts = [layout.offset for layout in plan.leaves if not layout.leaf.path]
+    assert not ends or not starts or max(ends) <= min(starts) // 4096 * 4096
 
 
 def random_array(leaf: Leaf, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from keras_file_reader import assert_same, read_file
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 METADATA_BYTES = 60_000  # whatever beside the arrays
@@ -43,3 +44,8 @@ def test_each_array_is_stored_once(saved: Path) -> None:
 @pytest.mark.parametrize("kind", ["none", "one", "data", "model", "model_wide"])
 def test_stock_keras_loads_it_on_other_devices(kind: str, saved: Path) -> None:
     run("load", kind, saved)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_files_of_sharded_models_are_those_of_stock_keras(saved: Path, suffix: str) -> None:
+    assert_same(read_file(saved / f"ours{suffix}"), read_file(saved / f"stock{suffix}"))

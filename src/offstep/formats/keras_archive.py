@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import mmap
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -73,17 +75,25 @@ def write(job: Job, prepared: PreparedArchive, slot: mmap.mmap) -> int:
     """
     target = Path(job.target)
     commit.make_root(target.parent)
-    with memoryview(slot) as body:
-        crc = zlib.crc32(body[: prepared.body_bytes], prepared.weights_crc)
-        head, tail = _encode_frame(prepared, crc)
-        tail_at = len(head) + prepared.body_bytes
-        size_bytes = tail_at + len(tail)
-        with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged:
-            staged.write(head, 0)
-            staged.write(body[: prepared.body_bytes], len(head), io_threads=_IO_THREADS)
-            staged.write(tail, tail_at)
-            staged.commit()
+    head, tail = _encode_frame(prepared, 0)  # as long as with the checksum
+    size_bytes = len(head) + prepared.body_bytes + len(tail)
+    with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged, memoryview(slot) as view:
+        body = view[: prepared.body_bytes]
+        with ThreadPoolExecutor(1, "offstep-crc32") as pool:  # it takes half as long as the disk
+            checksum = _start_checksum(pool, body, prepared.weights_crc)
+            staged.write(body, len(head), io_threads=_IO_THREADS)
+            head, tail = _encode_frame(prepared, checksum())
+        staged.write(head, 0)
+        staged.write(tail, size_bytes - len(tail))
+        staged.commit()
     return size_bytes
+
+
+def _start_checksum(pool: ThreadPoolExecutor, body: memoryview, crc: int) -> Callable[[], int]:
+    try:
+        return pool.submit(zlib.crc32, body, crc).result
+    except RuntimeError:  # a thread that writes while the interpreter ends can start no others
+        return lambda: zlib.crc32(body, crc)
 
 
 def _encode_frame(prepared: PreparedArchive, weights_crc: int) -> tuple[bytes, bytes]:
