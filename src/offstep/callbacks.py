@@ -18,6 +18,7 @@ from offstep.batches import Dispatch, Logs, StepCounter
 from offstep.checkpointer import check_full_every, check_max_to_keep
 from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
 from offstep.errors import SaveTimeout
+from offstep.frequency import Frequency, parse_budget
 from offstep.records import SaveStats
 from offstep.snapshot import Mode
 
@@ -56,6 +57,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         skip_unchanged: Do not write frozen weights again: each checkpoint links a file with the variables that are not
             trainable and have not changed since the first save. Two checkpoints then share these bytes on the disk.
         full_every: With `skip_unchanged`, each how many saves everything is written anew; `None` only when it must be.
+        overhead_budget: Instead of `save_freq`: as often as possible while saving takes at most this share of the time,
+            `"1%"` or 0.01, and each checkpoint is durable before the next one. After three trial saves a line says how
+            often that is and why, and again when it changes.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -89,12 +93,19 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         in_process: bool = False,
         skip_unchanged: bool = False,
         full_every: int | None = None,
+        overhead_budget: str | float | None = None,
     ) -> None:
         filepath = os.fspath(filepath)
         self._format = policy.format_of(filepath, weights_only=save_weights_only)
         is_directory = self._format == keras_formats.DIRECTORY
         # Keras's checks know its own files only: for a directory they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
+        self._frequency: Frequency | None = None
+        if overhead_budget is not None:
+            self._frequency = Frequency(parse_budget(overhead_budget))
+            if save_freq != "epoch":
+                raise ValueError(f"give save_freq or overhead_budget, not both. Received: {save_freq=}")
+            save_freq = 1
         super().__init__(
             stand_in if is_directory else filepath,
             monitor,
@@ -170,6 +181,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         """Notes the epoch."""
         super().on_epoch_begin(epoch, logs)
         self._dispatch.begin_epoch()
+        if self._frequency is not None:
+            self._frequency.resume()
         self._steps.begin_epoch()
         self._correct_steps()
 
@@ -190,6 +203,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         """Saves what is due after the last batch of an epoch, before validation resets the metrics."""
         if self._has_ended():
             self._catch_up()
+        self._pause()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves if due."""
@@ -199,6 +213,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._correct_steps()
         super().on_epoch_end(epoch, logs)
         self._engine.poll()
+        self._pause()
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Waits until everything is durable, and frees the slots."""
@@ -206,6 +221,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._catch_up()
         self._engine.close()
         self._engine.raise_failures()
+
+    def _pause(self) -> None:
+        if self._frequency is not None:
+            self._frequency.pause()
 
     def _has_ended(self) -> bool:
         return self._dispatch.has_ended(keras_state.last_step_id(self._model))
@@ -242,6 +261,15 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
 
     # ------------------------------------------------------------------------------------------------- deciding
+
+    def _should_save_on_batch(self, batch: int) -> bool:
+        if self._frequency is None:
+            return bool(super()._should_save_on_batch(batch))
+        is_due = self._frequency.end_batch(is_writing=self._engine.is_writing)
+        choice = self._frequency.take_news()
+        if choice is not None:
+            keras_state.print_message(f"\noffstep: {choice.describe(self._steps_per_execution)}")
+        return is_due
 
     @property
     def _needs_logs(self) -> bool:
@@ -312,8 +340,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         )
         if pending is None:
             self._tell_once("A save was skipped: all slots are on their way to the disk; `counts.skipped` has them.")
-        elif self._max_to_keep is not None and self._is_file:
+            return
+        if self._max_to_keep is not None and self._is_file:
             self._saved.append(pending)
+        if self._frequency is not None:
+            self._frequency.note_call(pending.stats.call_seconds)
 
     @property
     def _is_file(self) -> bool:
@@ -383,6 +414,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     # -------------------------------------------------------------------------------------------------- talking
 
     def _say_durable(self, pending: PendingSave) -> None:
+        if self._frequency is not None and pending.stats.durable_seconds is not None:
+            self._frequency.note_durable(pending.stats.durable_seconds)
         if self.verbose > 0:
             keras_state.print_message(pending.note)
 

@@ -200,6 +200,11 @@ class Engine:
         return [pending.stats for pending in self._recent]
 
     @property
+    def is_writing(self) -> bool:
+        """Whether a save has not become durable yet, or failed, as far as reports have been taken in."""
+        return bool(self._pending)
+
+    @property
     def is_open(self) -> bool:
         """Whether a structure has been given."""
         return self._opened is not None
