@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "claim.h"
 #include "copy.h"
 #include "cpu.h"
 #include "crc32c.h"
@@ -245,6 +246,22 @@ static PyObject *native_rename_exchange(PyObject *module, PyObject *args)
     return result;
 }
 
+static PyObject *native_claim(PyObject *module, PyObject *args)
+{
+    Py_buffer cell;
+    unsigned long long number;
+    PyObject *result = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "w*K:claim", &cell, &number))
+        return NULL;
+    if ((size_t)cell.len < sizeof(uint64_t) || (uintptr_t)cell.buf % sizeof(uint64_t))
+        PyErr_Format(PyExc_ValueError, "cell: expected 8 aligned bytes or more, found %zd", cell.len);
+    else
+        result = PyBool_FromLong(claim(cell.buf, number));
+    PyBuffer_Release(&cell);
+    return result;
+}
+
 static PyObject *native_fail_exit(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
@@ -273,6 +290,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("write_at(fd, data, offset, block_bytes, threads)\n--\n\nWrites all of data at offset of fd.")},
     {"rename_exchange", native_rename_exchange, METH_VARARGS,
      PyDoc_STR("rename_exchange(first, second, /)\n--\n\nSwaps two paths atomically.")},
+    {"claim", native_claim, METH_VARARGS,
+     PyDoc_STR("claim(cell, number, /)\n--\n\nReplaces number by 0 in the cell, and returns whether it was there.")},
     {"fail_exit", native_fail_exit, METH_NOARGS,
      PyDoc_STR("fail_exit()\n--\n\nMakes this process end with status 1 where it would end with 0.")},
     {"cpu_features", native_cpu_features, METH_NOARGS,

@@ -6,6 +6,7 @@ import os
 import select
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -20,6 +21,20 @@ def find_writers(trainer: int | None = None) -> list[psutil.Process]:
             if any("offstep.worker" in text for text in child.cmdline()):
                 writers.append(child)
     return writers
+
+
+def open_files(pid: int) -> list[str]:
+    """Returns what the descriptors of a process refer to, e.g. `"/memfd:offstep-slot-1 (deleted)"`."""
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor that lists them
+            links.append(os.readlink(entry))
+    return links
+
+
+def count_slots() -> int:
+    """Returns how many slots this process holds."""
+    return len({link for link in open_files(os.getpid()) if link.startswith("/memfd:offstep-slot")})
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -21,12 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import v1
-from processes import find_writers
+from processes import count_slots, find_writers, wait_until
 from slots import assert_same
 
 import offstep
+from offstep import catalog
 from offstep.checkpointer import Checkpointer
-from offstep.errors import BudgetExceeded, CheckpointNotFound, SaveFailed, SaveTimeout, UnsupportedLeaf
+from offstep.errors import BudgetExceeded, CheckpointNotFound, SaveFailed, SaveReplaced, SaveTimeout, UnsupportedLeaf
 
 
 class Moments(NamedTuple):
@@ -258,6 +259,22 @@ def test_a_relative_directory_stays_the_same_after_a_change_of_directory(
     assert os.listdir(tmp_path / "run/deep") == ["1"]
 
 
+def test_the_slots_of_forgotten_checkpointers_are_freed_by_the_next_ones(tmp_path: Path) -> None:
+    for step in range(10):
+        Checkpointer(tmp_path).save(step, tree(step))
+        assert count_slots() <= 2 * MOST_ON_THEIR_WAY
+        wait_until(lambda step=step: catalog.latest_step(tmp_path) == step)  # though nobody is left to be told
+    with Checkpointer(tmp_path) as last:
+        last.save(10, tree(10))
+    assert count_slots() == 0
+    assert last.all_steps() == list(range(11))
+    assert find_writers() == []
+
+
+MOST_ON_THEIR_WAY = 3
+"""Checkpointers of which one is in use, one is gone, and one is reported but not yet freed."""
+
+
 # ------------------------------------------------------------------------------------------------- slow and busy
 
 
@@ -269,15 +286,31 @@ def test_a_wait_that_runs_out_names_the_newest_durable_step_and_the_save_goes_on
             pending = checkpointer.save(2, tree())
             assert pending is not None
             assert not pending.done()
-            with pytest.raises(SaveTimeout, match=r"not all saves are durable after 0\.05 s; the newest .* step is 1"):
+            checkpointer.save(3, tree())
+            durable = rf"the newest that is: step 1, {tmp_path}/1$"
+            with pytest.raises(SaveTimeout, match=rf"^steps 2, 3 are not durable after 0\.05 s; {durable}") as raised:
                 checkpointer.wait(0.05)
-            with pytest.raises(SaveTimeout, match=rf"step 2 is not durable after 0 s: {tmp_path}/2"):
+            assert (raised.value.steps, raised.value.newest_step) == ((2, 3), 1)
+            with pytest.raises(SaveTimeout, match=rf"^step 2 is not durable after 0 s; {durable}") as raised:
                 pending.wait(0)
+            assert (raised.value.steps, raised.value.newest_step) == ((2,), 1)
             assert "pending" in repr(pending)
         pending.wait(60)
         assert pending.done()
         assert repr(pending) == f"PendingSave(step=2, path='{tmp_path}/2', durable)"
+        checkpointer.wait(60)
         checkpointer.wait(0)
+
+
+def test_a_wait_that_runs_out_says_when_nothing_is_durable(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        with Checkpointer(tmp_path / "other") as other:  # keeps the writer running
+            other.save(1, tree())
+            with stopped_writer():
+                checkpointer.save(1, tree())
+                with pytest.raises(SaveTimeout, match=r"step 1 is not durable .*; none of this run is$") as raised:
+                    checkpointer.wait(0)
+        assert raised.value.newest_step is None
 
 
 def test_a_save_waits_for_a_slot_and_says_how_long(tmp_path: Path) -> None:
@@ -304,8 +337,12 @@ def test_a_save_that_finds_no_slot_may_be_skipped_and_is_counted(tmp_path: Path)
     with Checkpointer(tmp_path, slots=2, on_busy="skip") as checkpointer:
         checkpointer.save(1, tree())
         checkpointer.wait()
-        with stopped_writer():
+        with (
+            pytest.warns(UserWarning, match="A save was skipped: all slots are on") as told,
+            stopped_writer(),
+        ):
             results = [checkpointer.save(step, tree(step)) for step in (2, 3, 4, 5)]
+        assert len(told) == 1
         assert [result is not None for result in results] == [True, True, False, False]
         checkpointer.wait()
         checkpointer.save(6, tree())
@@ -313,6 +350,69 @@ def test_a_save_that_finds_no_slot_may_be_skipped_and_is_counted(tmp_path: Path)
         assert checkpointer.all_steps() == [1, 2, 3, 6]
         counts = checkpointer.counts
         assert (counts.requested, counts.durable, counts.failed, counts.skipped) == (6, 4, 0, 2)
+        assert [stats.step for stats in checkpointer.stats if stats.skipped] == [4, 5]
+
+
+def test_the_latest_snapshot_replaces_the_oldest_that_the_writer_has_not_begun(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, slots=2, on_busy="latest") as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        with (
+            pytest.warns(UserWarning, match="A save was skipped: all slots are on") as told,
+            stopped_writer(),
+        ):
+            pending = {step: checkpointer.save(step, tree(step)) for step in (2, 3, 4, 5)}
+        assert len(told) == 1
+        checkpointer.wait()
+        checkpointer.save(6, tree(6))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 4, 5, 6]
+        for step in (4, 5, 6):
+            assert_same(checkpointer.restore(step, tree()), tree(step))
+        for step in (2, 3):
+            assert repr(pending[step]) == f"PendingSave(step={step}, path='{tmp_path}/{step}', replaced)"
+            with pytest.raises(
+                SaveReplaced, match=rf"step {step} was not saved to {tmp_path}/{step}: a newer snapshot"
+            ):
+                pending[step].wait()
+        counts = checkpointer.counts
+        assert (counts.requested, counts.durable, counts.failed, counts.skipped) == (6, 4, 0, 2)
+        assert [stats.step for stats in checkpointer.stats if stats.skipped] == [2, 3]
+
+
+def test_a_snapshot_that_is_being_written_is_not_replaced(tmp_path: Path) -> None:
+    large = 8 << 20
+    with Checkpointer(tmp_path, slots=2, on_busy="latest") as checkpointer:
+        checkpointer.save(1, {"w": jnp.full((large,), 1.0)})
+        wait_until(lambda: bool(catalog.leftovers(tmp_path)))
+        with stopped_writer():
+            has_begun = catalog.latest_step(tmp_path) is None
+            for step in (2, 3):
+                checkpointer.save(step, {"w": jnp.full((large,), float(step))})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            checkpointer.wait()
+        assert checkpointer.all_steps() == ([1, 3] if has_begun else [1, 2, 3])
+        for step in checkpointer.all_steps():
+            assert (np.asarray(checkpointer.restore(step)["w"]) == step).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"in_process": True}, {"snapshot_mode": "device_copy"}], ids=str)
+def test_of_many_saves_that_replace_each_other_none_is_torn(tmp_path: Path, options: dict[str, Any]) -> None:
+    saves = 150
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with Checkpointer(tmp_path, slots=2, on_busy="latest", max_to_keep=20, **options) as checkpointer:
+            for step in range(saves):
+                checkpointer.save(step, {"w": jnp.full((200_000,), step), "b": jnp.full((3,), step)})
+    counts = checkpointer.counts
+    assert counts.skipped > 0
+    assert counts.durable + counts.skipped == counts.requested == saves
+    assert checkpointer.all_steps() == sorted(s.step for s in checkpointer.stats if not s.skipped)[-20:]
+    for step in checkpointer.all_steps():
+        restored = checkpointer.restore(step)
+        assert (np.asarray(restored["w"]) == step).all()
+        assert (np.asarray(restored["b"]) == step).all()
 
 
 def test_the_stats_of_a_save_tell_what_it_cost(tmp_path: Path) -> None:
@@ -328,6 +428,20 @@ def test_the_stats_of_a_save_tell_what_it_cost(tmp_path: Path) -> None:
         assert stats.cpu_seconds is not None
         assert 0 < stats.call_seconds < stats.durable_seconds < time.monotonic() - before
         assert stats.error is None
+
+
+def test_the_wait_for_a_step_that_is_still_computed_is_told_apart_from_the_stall(tmp_path: Path) -> None:
+    @jax.jit
+    def train(w: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 50, lambda _, x: x @ w / 1000, w)
+
+    w = jax.block_until_ready(train(jnp.ones((500, 500))))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": w})
+        checkpointer.save(2, {"w": train(w)})
+    computed, dispatched = checkpointer.stats
+    assert computed.compute_seconds < dispatched.compute_seconds <= dispatched.call_seconds
+    assert dispatched.stall_seconds == dispatched.call_seconds - dispatched.compute_seconds
 
 
 # ------------------------------------------------------------------------------------------------------ failures
@@ -360,7 +474,7 @@ def test_a_failed_save_is_raised_by_the_next_save(tmp_path: Path) -> None:
         pending = checkpointer.save(1, tree())
         assert pending is not None
         while not pending.done():
-            checkpointer._engine.wait_for(pending, None)  # as `wait`, but without being told
+            checkpointer._engine.wait_all(None)  # as `wait`, but without being told
         with pytest.raises(SaveFailed, match="step 1 was not saved"):
             checkpointer.save(2, tree())
         checkpointer.save(2, tree())
@@ -445,13 +559,17 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_to_keep": 1.5}, r"max_to_keep must be .* Received: 1\.5"),
     ({"slots": 0}, r"slots must be an integer of at least 1\. Received: 0"),
     ({"slots": "2"}, r"slots must be .* Received: '2'"),
-    ({"on_busy": "drop"}, r"on_busy must be 'wait' or 'skip'\. Received: 'drop'"),
+    ({"on_busy": "drop"}, r"on_busy must be 'wait', 'skip' or 'latest'\. Received: 'drop'"),
+    ({"on_busy": "latest", "slots": 1}, r"on_busy='latest' needs 2 slots or more: .*\. Received: 1"),
     ({"on_error": None}, r"on_error must be 'raise' or 'warn'\. Received: None"),
     ({"memory_budget": 0}, r"memory_budget must be a positive number of bytes\. Received: 0"),
     ({"memory_budget": "1GB"}, r"memory_budget must be .* Received: '1GB'"),
     ({"copy_threads": 0}, r"copy_threads must be .* Received: 0"),
     ({"copy_threads": 1000}, r"copy_threads must be .* Received: 1000"),
     ({"copy_threads": 1.5}, r"copy_threads must be .* Received: 1\.5"),
+    ({"retry_seconds": -1}, r"retry_seconds must be a finite number of seconds, 0 or more\. Received: -1"),
+    ({"retry_seconds": float("inf")}, r"retry_seconds must be .* Received: inf"),
+    ({"retry_seconds": None}, r"retry_seconds must be .* Received: None"),
     ({"snapshot_mode": "device"}, r"snapshot_mode must be .* Received: 'device'"),
 ]
 

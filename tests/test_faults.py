@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1
-from processes import PATIENCE_SECONDS, find_writers, wait_for_end
+from processes import PATIENCE_SECONDS, find_writers, open_files, wait_for_end, wait_until
 
+from offstep import catalog
 from offstep.checkpointer import Checkpointer
 from offstep.errors import SaveFailed
 
@@ -163,8 +164,8 @@ checkpointer.wait()
 pid = writer_pid()
 os.kill(pid, signal.SIGSTOP)
 checkpointer.save(2, state(2))
-tell(pid)
 try:
+    tell(pid)
     hear()
 except KeyboardInterrupt:
     tell("interrupted")
@@ -242,10 +243,6 @@ os.kill(os.getpid(), signal.SIGKILL)
         tell(trainer)
         wait_for_end(child)
     assert_holds(tmp_path, [1, 2])
-
-
-def open_files(pid: int) -> list[str]:
-    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def test_a_forked_child_saves_with_a_writer_of_its_own_and_leaves_the_parents_slots_alone(tmp_path: Path) -> None:
@@ -410,14 +407,18 @@ def filled(step: int) -> dict[str, Any]:
     return {"w": jnp.full((1_000_000,), step, jnp.float32), "b": jnp.full((3,), step, jnp.bfloat16)}
 
 
+FULL = r".*No space left on device; tried 3 times in 0\.\d s; checkpoints saved before it are untouched"
+
+
 @pytest.mark.parametrize("in_process", [False, True])
 def test_a_disk_that_is_full_fails_the_save_and_older_checkpoints_stay(tmp_path: Path, in_process: bool) -> None:
-    with small_disk(tmp_path / "disk", "10m") as disk, Checkpointer(disk, in_process=in_process) as checkpointer:
+    options = {"in_process": in_process, "retry_seconds": 0.3}
+    with small_disk(tmp_path / "disk", "10m") as disk, Checkpointer(disk, **options) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, filled(step))
         checkpointer.wait()
         checkpointer.save(3, filled(3))
-        with pytest.raises(SaveFailed, match=rf"step 3 was not saved to {disk}/3: .*No space left on device") as raised:
+        with pytest.raises(SaveFailed, match=rf"step 3 was not saved to {disk}/3: {FULL}") as raised:
             checkpointer.wait()
         assert raised.value.errno == 28
         assert_holds(disk, [1, 2])
@@ -429,13 +430,31 @@ def test_a_disk_that_is_full_fails_the_save_and_older_checkpoints_stay(tmp_path:
         assert_holds(disk, [2, 4])
 
 
+def test_a_save_that_finds_the_disk_full_becomes_durable_once_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "10m") as disk, Checkpointer(disk, retry_seconds=60) as checkpointer:
+        save_and_wait(checkpointer, 1)
+        (disk / "ballast").write_bytes(bytes(4_000_000))
+        pending = checkpointer.save(2, filled(2))
+        assert pending is not None
+        for _ in range(2):  # two attempts have begun, so one has failed
+            wait_until(lambda: catalog.leftovers(disk) != [])
+            wait_until(lambda: catalog.leftovers(disk) == [])
+        (disk / "ballast").unlink()
+        with pytest.warns(RuntimeWarning, match=r"step 2 is durable, but it took \d+ tries and .*No space left"):
+            checkpointer.wait()
+        assert_holds(disk, [1, 2])
+
+
 def save_and_wait(checkpointer: Checkpointer, step: int) -> None:
     checkpointer.save(step, filled(step))
     checkpointer.wait()
 
 
 def test_a_disk_with_room_for_two_keeps_the_last_durable_one_when_max_to_keep_is_one(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "9m") as disk, Checkpointer(disk, max_to_keep=1) as checkpointer:
+    with (
+        small_disk(tmp_path / "disk", "9m") as disk,
+        Checkpointer(disk, max_to_keep=1, retry_seconds=0) as checkpointer,
+    ):
         for step in (1, 2, 3):
             save_and_wait(checkpointer, step)
         assert_holds(disk, [3])

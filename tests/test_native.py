@@ -7,6 +7,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -365,3 +366,45 @@ def test_rename_exchange_names_the_paths_when_it_fails(tmp_path: Path) -> None:
 
 def test_cpu_features_are_words() -> None:
     assert re.fullmatch(r"[a-z0-9.-]*( [a-z0-9.-]+)*", _native.cpu_features())
+
+
+# ------------------------------------------------------------------------------------------------------------- claim
+
+
+def test_a_number_is_claimed_once() -> None:
+    cell = mmap.mmap(-1, mmap.PAGESIZE)
+    struct.pack_into("=Q", cell, 0, 7)
+    assert not _native.claim(cell, 8)
+    assert _native.claim(cell, 7)
+    assert not _native.claim(cell, 7)
+    assert bytes(cell[:8]) == bytes(8)
+
+
+@pytest.mark.parametrize("cell", [bytearray(7), memoryview(bytearray(17))[1:]], ids=["small", "not aligned"])
+def test_a_cell_that_cannot_be_claimed_in_is_refused(cell: bytearray | memoryview) -> None:
+    with pytest.raises(ValueError, match="cell: expected 8 aligned bytes or more, found"):
+        _native.claim(cell, 1)
+
+
+def test_of_two_processes_one_claims_each_number() -> None:
+    """The parent takes turns with a child that has no other way to know who was first."""
+    numbers = 20_000
+    code = "import mmap, struct, sys; from offstep import _native; cell = mmap.mmap(int(sys.argv[1]), 4096)\n"
+    code += "taken = 0\nwhile (number := struct.unpack_from('=Q', cell, 8)[0]) < int(sys.argv[2]):\n"
+    code += "    taken += number and _native.claim(cell, number)\nprint(taken)"
+    descriptor = os.memfd_create("offstep-claim-test")
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        cell = mmap.mmap(descriptor, mmap.PAGESIZE)
+        arguments = [sys.executable, "-c", code, str(descriptor), str(numbers)]
+        child = subprocess.Popen(arguments, pass_fds=[descriptor], stdout=subprocess.PIPE, text=True)
+        taken = 0
+        for number in range(1, numbers):
+            struct.pack_into("=Q", cell, 0, number)
+            struct.pack_into("=Q", cell, 8, number)
+            taken += _native.claim(cell, number)
+        struct.pack_into("=Q", cell, 8, numbers)
+        out, _ = child.communicate(timeout=60)
+        assert taken + int(out) == numbers - 1
+    finally:
+        os.close(descriptor)

@@ -18,10 +18,12 @@ import psutil
 import pytest
 from processes import find_writers, wait_for_end, wait_until
 
-from offstep import catalog
+from offstep import catalog, writer
 from offstep.checkpointer import Checkpointer
-from offstep.engine import Engine, Options, PendingSave, Target
+from offstep.engine import Engine, Target
 from offstep.errors import SaveFailed, WriterDied
+from offstep.options import Options
+from offstep.pending import PendingSave
 from offstep.snapshot import describe_leaf
 
 LARGE = 16 << 20  # elements; a save takes long enough to be met in the middle
@@ -184,15 +186,41 @@ def test_where_no_process_can_be_started_a_thread_writes_and_says_so(
         assert len(find_writers()) == 1
 
 
-@pytest.mark.crash
-def test_a_program_that_is_no_python_is_given_up_as_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/true")
-    with Checkpointer(tmp_path) as checkpointer:
-        pending = submit(checkpointer, 1)
-        with pytest.raises(WriterDied, match=r"ended 3 times while it wrote this \(exit status 0\)"):
-            pending.wait()
-        monkeypatch.undo()
+FALSE_WRITERS = {
+    "ends at once": ("exit(0)", r"ended at once, with status 0"),
+    "fails at once": ("exit(3)", r"ended at once, with status 3"),
+    "lives on, deaf": ("import os; os.closerange(3, 1000); signal.pause()", "runs, but not as a writer"),
+    "lives on, silent": ("signal.pause()", "runs, but not as a writer"),
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), FALSE_WRITERS.values(), ids=FALSE_WRITERS.keys())
+def test_a_program_that_is_no_writer_is_replaced_by_a_thread_which_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    """As where Python is embedded: `sys.executable` is then the application, or a launcher of it."""
+    monkeypatch.setattr(writer, "HELLO_SECONDS", 2.0 if "pause" in code else 60.0)
+    launcher = make_program(tmp_path / "launcher", f"import signal; {code}")
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        with pytest.warns(
+            RuntimeWarning, match=rf"cannot start its writer process \({launcher} {reason}\); it writes in"
+        ):
+            submit(checkpointer, 1).wait()
         submit(checkpointer, 2).wait()
+        assert find_writers() == []
+        assert_holds(checkpointer, 1)
+        assert_holds(checkpointer, 2)
+    monkeypatch.undo()
+    with Checkpointer(tmp_path / "run") as checkpointer:  # the next one tries again
+        submit(checkpointer, 3).wait()
+        assert len(find_writers()) == 1
+
+
+def make_program(path: Path, code: str) -> Path:
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_in_thread_mode_no_process_is_started(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from offstep.errors import (
     CheckpointNotFound,
     OffstepError,
     SaveFailed,
+    SaveReplaced,
     SaveTimeout,
     StructureMismatch,
     UnsupportedFormat,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from offstep.callbacks import ModelCheckpoint
     from offstep.checkpointer import Checkpointer
     from offstep.discovery import best, latest
-    from offstep.engine import PendingSave
+    from offstep.pending import PendingSave
     from offstep.records import SaveStats
     from offstep.restoration import RestoreReport, read, restore
 
@@ -38,6 +39,7 @@ __all__ = [
     "PendingSave",
     "RestoreReport",
     "SaveFailed",
+    "SaveReplaced",
     "SaveStats",
     "SaveTimeout",
     "StructureMismatch",
@@ -54,7 +56,7 @@ __all__ = [
 _MODULES = {
     "Checkpointer": "offstep.checkpointer",
     "ModelCheckpoint": "offstep.callbacks",
-    "PendingSave": "offstep.engine",
+    "PendingSave": "offstep.pending",
     "RestoreReport": "offstep.restoration",
     "SaveStats": "offstep.records",
     "best": "offstep.discovery",

@@ -68,6 +68,15 @@ def rename_exchange(
         OSError: with `errno.ENOSYS` or `errno.EINVAL` where system or file system cannot.
     """
 
+def claim(cell: _Writable, number: int, /) -> bool:
+    """Replaces `number` by 0 in the first 8 bytes of `cell`, in the machine's byte order, if it is there.
+
+    Atomic, also between processes that share the memory: of all who claim a number, one gets `True`.
+
+    Raises:
+        ValueError: the cell is too small, or not aligned to 8 bytes.
+    """
+
 def cpu_features() -> str:
     """Names the instruction sets that are used here, e.g. `"sse4.2 avx2 avx512 vpclmul"`."""
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -221,6 +222,40 @@ def _round_up(value: int, step: int) -> int:
 # --------------------------------------------------------------------------------------------------- the slots
 
 
+class Claim:
+    """Who gets the snapshot in a slot: the writer that begins to write it, or the trainer that takes it back.
+
+    A page of memory behind the slot that both map. It holds the number of the job that nobody has claimed, or 0.
+
+    Args:
+        fd: The slot's memfd; -1 for anonymous memory.
+        slot_bytes: Size of the slot before it.
+    """
+
+    def __init__(self, fd: int, slot_bytes: int) -> None:
+        offset = _claim_offset(slot_bytes) if fd >= 0 else 0
+        self._page = mmap.mmap(fd, mmap.PAGESIZE, offset=offset)
+
+    def offer(self, number: int) -> None:
+        """Lets a job be claimed; whoever may claim it is told after that."""
+        struct.pack_into("=Q", self._page, 0, number)
+
+    def take(self, number: int) -> bool:
+        """Claims a job, and returns whether nobody else has."""
+        try:
+            return _native.claim(self._page, number)
+        except ValueError:  # unmapped: who gave the slot up had taken the job back
+            return False
+
+    def close(self) -> None:
+        """Unmaps the page."""
+        self._page.close()
+
+
+def _claim_offset(slot_bytes: int) -> int:
+    return _round_up(slot_bytes, mmap.ALLOCATIONGRANULARITY)
+
+
 class Slot:
     """One reusable host buffer that holds one whole snapshot.
 
@@ -228,6 +263,7 @@ class Slot:
         number: Unique within the process.
         fd: The memfd behind the buffer, to be handed to the writer process; -1 for anonymous memory.
         buffer: The memory, writable.
+        claim: Who gets the snapshot in it.
     """
 
     def __init__(self, size_bytes: int, *, shared: bool) -> None:
@@ -236,8 +272,9 @@ class Slot:
         self.fd = -1
         if shared:
             self.fd = os.memfd_create(f"offstep-slot-{self.number}", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, size_bytes)
+            os.ftruncate(self.fd, _claim_offset(size_bytes) + mmap.PAGESIZE)
         self.buffer = mmap.mmap(self.fd, size_bytes)
+        self.claim = Claim(self.fd, size_bytes)
 
     def prefault(self, threads: int) -> None:
         """Touches every page, so that the first snapshot copies into warm memory. Any thread; slow."""
@@ -245,6 +282,7 @@ class Slot:
 
     def close(self) -> None:
         """Gives the memory back; what somebody still has a view of goes with that view."""
+        self.claim.close()
         with contextlib.suppress(BufferError):
             self.buffer.close()
         if self.fd >= 0:

@@ -16,11 +16,12 @@ import numpy as np
 from offstep import commit, keras_formats, keras_state, policy
 from offstep.batches import Dispatch, Logs, StepCounter
 from offstep.checkpointer import check_full_every, check_max_to_keep
-from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
-from offstep.errors import SaveTimeout
+from offstep.engine import Engine, Target
 from offstep.frequency import Frequency, parse_budget
+from offstep.options import Mode, OnBusy, OnError, Options
+from offstep.pending import PendingSave
 from offstep.records import SaveStats
-from offstep.snapshot import Mode
+from offstep.reports import Counts
 
 _UNSURE_FILES = 64  # more than can be on their way at once; what fails does not count as kept
 
@@ -48,7 +49,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         max_to_keep: How many of the newest steps of a directory stay, or of the files that this run saved; `None`
             keeps all.
         slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
-        on_busy: When all slots are on their way: `"wait"` for one, or `"skip"` the save (and count it).
+        on_busy: When all slots are on their way: `"wait"` for one, `"skip"` the save, or let the `"latest"` replace
+            the oldest that the writer has not begun (needs two slots). What is dropped is counted, and said once.
         on_error: Whether a save that failed in the background is raised by the next hook, or only warned of.
         memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
         copy_threads: Threads that copy a snapshot on the CPU backend.
@@ -60,6 +62,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         overhead_budget: Instead of `save_freq`: as often as possible while saving takes at most this share of the time,
             `"1%"` or 0.01, and each checkpoint is durable before the next one. After three trial saves a line says how
             often that is and why, and again when it changes.
+        retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
+            an error; later saves wait for it.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -94,6 +98,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         skip_unchanged: bool = False,
         full_every: int | None = None,
         overhead_budget: str | float | None = None,
+        retry_seconds: float = 30.0,
     ) -> None:
         filepath = os.fspath(filepath)
         self._format = policy.format_of(filepath, weights_only=save_weights_only)
@@ -122,7 +127,15 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         check_max_to_keep(max_to_keep)
         check_full_every(full_every, is_skipping=skip_unchanged)
         options = Options(
-            slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process, full_every=full_every
+            slots=slots,
+            on_busy=on_busy,
+            on_error=on_error,
+            memory_budget=memory_budget,
+            copy_threads=copy_threads,
+            snapshot_mode=snapshot_mode,
+            in_process=in_process,
+            full_every=full_every,
+            retry_seconds=retry_seconds,
         )
         if skip_unchanged and not is_directory:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
@@ -163,11 +176,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
 
         Raises:
             SaveFailed: a save failed.
-            SaveTimeout: `timeout` seconds ran out; the saves go on.
+            SaveTimeout: `timeout` seconds ran out; it names the steps that are not durable, and the newest that is.
+                The saves go on.
         """
-        if not self._engine.wait_all(timeout):
-            raise SaveTimeout(f"not all saves are durable after {timeout} s")
-        self._engine.raise_failures()
+        self._engine.wait(timeout)
 
     # ---------------------------------------------------------------------------------------------------- hooks
 
@@ -314,8 +326,10 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._engine.poll()
         if self._signature is None:
             self._begin()
+        before = time.monotonic()
         if not self._counts_exactly:
             self._correct_steps()
+        compute_seconds = time.monotonic() - before
         filepath = self._get_file_path(epoch, batch, logs)
         if not self._should_save_model(epoch, batch, logs, filepath):
             return
@@ -337,9 +351,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             manifest=manifest,
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
             started=started,
+            compute_seconds=compute_seconds,
         )
         if pending is None:
-            self._tell_once("A save was skipped: all slots are on their way to the disk; `counts.skipped` has them.")
             return
         if self._max_to_keep is not None and self._is_file:
             self._saved.append(pending)
@@ -403,6 +417,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             empty_nodes=form.empty_nodes,
             documents=form.documents,
             rendering=form.rendering,
+            owner=self,
         )
         self._steps.divisor = keras_state.batches_per_iteration(self._model)
         self._correct_steps()

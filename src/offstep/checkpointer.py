@@ -12,11 +12,14 @@ from typing import Any
 import jax
 
 from offstep import catalog, commit
-from offstep.engine import Counts, Engine, OnBusy, OnError, Options, PendingSave, Target
-from offstep.errors import CheckpointNotFound, SaveTimeout, UnsupportedLeaf
+from offstep.engine import Engine, Target
+from offstep.errors import CheckpointNotFound, UnsupportedLeaf
 from offstep.leaf_paths import list_paths, path_keys
+from offstep.options import Mode, OnBusy, OnError, Options
+from offstep.pending import PendingSave
 from offstep.records import PathKey, SaveStats
-from offstep.snapshot import Mode, describe_leaf
+from offstep.reports import Counts
+from offstep.snapshot import describe_leaf
 
 Tree = Any  # any pytree of arrays and numbers
 
@@ -35,7 +38,8 @@ class Checkpointer:
         directory: Where the steps go; made if missing.
         max_to_keep: How many of the newest steps stay; `None` keeps all.
         slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
-        on_busy: When all slots are on their way: `"wait"` for one, or `"skip"` the save (and count it).
+        on_busy: When all slots are on their way: `"wait"` for one, `"skip"` the save, or let the `"latest"` replace
+            the oldest that the writer has not begun (needs two slots). What is dropped is counted, and said once.
         on_error: Whether a save that failed in the background is raised by the next call, or only warned of.
         memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
         copy_threads: Threads that copy a snapshot on the CPU backend.
@@ -45,6 +49,8 @@ class Checkpointer:
             not changed since the first save. `True` looks at all leaves; a function is given a leaf's path, joined by
             dots, and says whether to look at it. Two checkpoints then share a part of their bytes on the disk.
         full_every: With `skip_unchanged`, each how many saves everything is written anew; `None` only when it must be.
+        retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
+            an error; later saves wait for it.
 
     Raises:
         ValueError: an argument is out of range.
@@ -73,12 +79,21 @@ class Checkpointer:
         in_process: bool = False,
         skip_unchanged: bool | Callable[[str], bool] = False,
         full_every: int | None = None,
+        retry_seconds: float = 30.0,
     ) -> None:
         check_max_to_keep(max_to_keep)
         check_full_every(full_every, is_skipping=bool(skip_unchanged))
         self._is_frozen = skip_unchanged if callable(skip_unchanged) else lambda _: skip_unchanged
         options = Options(
-            slots, on_busy, on_error, memory_budget, copy_threads, snapshot_mode, in_process, full_every=full_every
+            slots=slots,
+            on_busy=on_busy,
+            on_error=on_error,
+            memory_budget=memory_budget,
+            copy_threads=copy_threads,
+            snapshot_mode=snapshot_mode,
+            in_process=in_process,
+            full_every=full_every,
+            retry_seconds=retry_seconds,
         )
         self._engine = Engine(options)
         self.directory = Path(directory).absolute()
@@ -97,7 +112,7 @@ class Checkpointer:
             metrics: Numbers to keep with the checkpoint in `offstep.json`; one on a device is waited for.
 
         Returns:
-            The pending save; `None` when it was skipped (`on_busy="skip"`).
+            The pending save; `None` when it was skipped (`on_busy="skip"`, seldom `"latest"`).
 
         Raises:
             ValueError: the step is no integer or negative, or a metric is no number.
@@ -119,12 +134,10 @@ class Checkpointer:
 
         Raises:
             SaveFailed: a save failed.
-            SaveTimeout: `timeout` seconds ran out; the saves go on.
+            SaveTimeout: `timeout` seconds ran out; it names the steps that are not durable, and the newest that is.
+                The saves go on.
         """
-        if not self._engine.wait_all(timeout):
-            newest = self.latest_step()
-            raise SaveTimeout(f"not all saves are durable after {timeout} s; the newest durable step is {newest}")
-        self._engine.raise_failures()
+        self._engine.wait(timeout)
 
     def latest_step(self) -> int | None:
         """Returns the newest durable step, or `None`."""
@@ -187,7 +200,7 @@ class Checkpointer:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
-        self._engine.open(leaves, arrays, empty_nodes=empty_nodes)
+        self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self)
 
 
 def check_max_to_keep(max_to_keep: int | None) -> None:

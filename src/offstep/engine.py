@@ -5,32 +5,25 @@ The training thread calls it. It knows arrays and targets, not Keras.
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import threading
 import time
-import warnings
-from collections import deque
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MethodType
+from typing import Any
 
-from offstep import _native, writer
+from offstep import lifecycle, writer
 from offstep.buffers import Slot, SlotPool
-from offstep.errors import SaveFailed, SaveTimeout, WriterDied
+from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
+from offstep.options import Options
+from offstep.pending import PendingSave
 from offstep.records import Job, Leaf, PathKey, SaveStats
 from offstep.rendering import Rendering, make_image, read_arrays
-from offstep.snapshot import Array, Mode, Snapshotter
-
-OnBusy = Literal["wait", "skip"]
-OnError = Literal["raise", "warn"]
-
-_KEPT_STATS = 100_000
-_MOST_COPY_THREADS = 256  # that the native module takes
+from offstep.reports import Counts, Outcome, Reports
+from offstep.snapshot import Array, Snapshotter
 
 
 @dataclass(frozen=True)
@@ -56,103 +49,6 @@ class Target:
     siblings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an engine works; see `Checkpointer` for the meaning of each."""
-
-    slots: int = 2
-    on_busy: OnBusy = "wait"
-    on_error: OnError = "raise"
-    memory_budget: int | None = None
-    copy_threads: int = 2
-    snapshot_mode: Mode | None = None
-    in_process: bool = False
-    full_every: int | None = None
-
-    def __post_init__(self) -> None:
-        """Checks each option.
-
-        Raises:
-            ValueError: one is out of range; the message ends in what was received.
-        """
-        _check(isinstance(self.slots, int) and self.slots >= 1, "slots must be an integer of at least 1", self.slots)
-        _check(self.on_busy in ("wait", "skip"), "on_busy must be 'wait' or 'skip'", self.on_busy)
-        _check(self.on_error in ("raise", "warn"), "on_error must be 'raise' or 'warn'", self.on_error)
-        budget = self.memory_budget
-        is_budget = budget is None or (isinstance(budget, (int, float)) and budget > 0)
-        _check(is_budget, "memory_budget must be a positive number of bytes", budget)
-        threads = self.copy_threads
-        is_count = isinstance(threads, int) and 1 <= threads <= _MOST_COPY_THREADS
-        _check(is_count, f"copy_threads must be an integer from 1 to {_MOST_COPY_THREADS}", threads)
-        every = self.full_every
-        is_every = every is None or (isinstance(every, int) and every >= 1)
-        _check(is_every, "full_every must be None or an integer of at least 1", every)
-        modes = (None, "host", "device_copy")
-        _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
-
-
-def _check(is_good: bool, rule: str, received: object) -> None:
-    if not is_good:
-        raise ValueError(f"{rule}. Received: {received!r}")
-
-
-class PendingSave:
-    """One save on its way to the disk. Any thread may ask.
-
-    Attributes:
-        note: Whatever the caller of `Engine.save` wanted to remember.
-    """
-
-    def __init__(self, engine: Engine, stats: SaveStats, note: str) -> None:
-        self.note = note
-        self._engine = engine
-        self._stats = stats  # replaced under self._lock
-        self._lock = threading.Lock()
-        self._submitted = threading.Event()
-        self._done = threading.Event()
-        self._error: SaveFailed | None = None
-
-    def __repr__(self) -> str:
-        state = "failed" if self._error else "durable" if self.done() else "pending"
-        return f"PendingSave(step={self.step}, path={self.path!r}, {state})"
-
-    @property
-    def step(self) -> int:
-        """Training step of the snapshot."""
-        return self._stats.step
-
-    @property
-    def path(self) -> str:
-        """Where it will be found."""
-        return self._stats.path
-
-    @property
-    def stats(self) -> SaveStats:
-        """What it has cost so far."""
-        return self._stats
-
-    def _note(self, **changes: Any) -> None:  # fields of SaveStats
-        with self._lock:
-            self._stats = replace(self._stats, **changes)
-
-    def done(self) -> bool:
-        """Returns whether it is durable or has failed, as far as reports have been taken in."""
-        return self._done.is_set()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until the checkpoint is durable.
-
-        Raises:
-            SaveFailed: it could not be made durable.
-            SaveTimeout: `timeout` seconds ran out; the save goes on.
-        """
-        if not self._engine.wait_for(self, timeout):
-            raise SaveTimeout(f"step {self.step} is not durable after {timeout} s: {self.path}")
-        if self._error is not None:
-            self._engine.forget_failure(self._error)
-            raise self._error
-
-
 @dataclass
 class _Opened:
     """What exists between `open` and `close`."""
@@ -166,14 +62,7 @@ class _Opened:
     rendering: Rendering | None
 
 
-@dataclass
-class Counts:
-    """How many saves there were."""
-
-    requested: int = 0
-    durable: int = 0
-    failed: int = 0
-    skipped: int = 0
+OnDurable = Callable[[PendingSave], None]
 
 
 class Engine:
@@ -181,33 +70,37 @@ class Engine:
 
     Args:
         options: How to work.
-        on_durable: Called on the thread that takes reports in, once for each save that has become durable.
+        on_durable: Called on the thread that takes reports in, once for each save that has become durable; a method
+            only while its object lives.
     """
 
-    def __init__(self, options: Options, on_durable: Callable[[PendingSave], None] = lambda pending: None) -> None:
+    def __init__(self, options: Options, on_durable: OnDurable | None = None) -> None:
         self._options = options
-        self._on_durable = on_durable
+        # Weak where it can be: the owner of a method must not live on because a save is open here.
+        self._on_durable: Callable[[], OnDurable | None] = (
+            weakref.WeakMethod(on_durable) if isinstance(on_durable, MethodType) else lambda: on_durable
+        )
         self._opened: _Opened | None = None
-        self._pending: dict[int, PendingSave] = {}  # by job number; written by the saving thread, emptied by any
-        self._failures: deque[SaveFailed] = deque()
-        self._remarks: deque[str] = deque()  # what is worth a warning, but no failure
-        self._recent: deque[PendingSave] = deque(maxlen=_KEPT_STATS)
-        self.counts = Counts()
+        self._reports = Reports(options.on_error)
+        self._tie: weakref.finalize[..., object] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self._options, self._on_durable())  # a copy of a callback saves for itself
 
     @property
     def stats(self) -> list[SaveStats]:
         """What each of the last 100,000 saves cost, oldest first."""
-        return [pending.stats for pending in self._recent]
+        return self._reports.stats
+
+    @property
+    def counts(self) -> Counts:
+        """How many saves there were."""
+        return self._reports.counts
 
     @property
     def is_writing(self) -> bool:
         """Whether a save has not become durable yet, or failed, as far as reports have been taken in."""
-        return bool(self._pending)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a structure has been given."""
-        return self._opened is not None
+        return bool(self._reports.pending)
 
     # ------------------------------------------------------------------------------------------ open and close
 
@@ -220,17 +113,20 @@ class Engine:
         empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
         documents: dict[str, Any] | None = None,
         rendering: Rendering | None = None,
+        owner: object | None = None,
     ) -> None:
         """Makes plan and slots for one structure and starts the writer, all in the background where it takes long.
 
         An earlier structure is finished and given up first. `format` is a key of `formats.FORMATS`; `documents` is
-        JSON that its `prepare` takes; `rendering` makes the files that the writer cannot make.
+        JSON that its `prepare` takes; `rendering` makes the files that the writer cannot make. When `owner` is gone
+        without a `close`, the engine is closed for it once its saves are done.
 
         Raises:
             BudgetExceeded: not even one snapshot fits into the memory budget.
             UnsupportedLeaf: a leaf that stock readers could not read back.
         """
         self.close()
+        lifecycle.close_abandoned()  # before a budget is taken of what memory there is
         options = self._options
         plan = FORMATS[format].place(leaves, empty_nodes)
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
@@ -241,7 +137,8 @@ class Engine:
         number = borrowed.add_plan(plan, format, documents)
         needs_thread = snapshotter.mode == "device_copy" or rendering is not None
         fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
-        _unfinished[self] = None
+        lifecycle.add(self)
+        self._tie = None if owner is None else lifecycle.tie(self, owner)
         self._opened = _Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering)
 
     def close(self) -> None:
@@ -250,6 +147,8 @@ class Engine:
             return
         self.wait_all(None)
         opened, self._opened = self._opened, None
+        if self._tie is not None:
+            self._tie.detach()
         if opened.fetcher is not None:
             opened.fetcher.shutdown()
         for slot in opened.pool.slots:
@@ -258,29 +157,35 @@ class Engine:
         opened.pool.close()
         writer.return_shared(in_process=self._options.in_process)
         self._retire_if_finished()
+        lifecycle.close_abandoned()  # the writer works in order: what they submitted before us is done
+
+    def close_if_idle(self) -> bool:
+        """Closes it unless a save is pending; never waits for one; returns whether it is closed."""
+        if self._opened is not None:
+            self._opened.writer.collect()
+        if not self._reports.pending:
+            self.close()
+        return self._opened is None
 
     def _retire_if_finished(self) -> None:
-        if self._opened is None and not self._failures:
-            _unfinished.pop(self, None)
+        if self._opened is None and not self._reports.has_untold:
+            lifecycle.remove(self)
 
     def describe_unfinished(self) -> str:
         """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
         fate = (
             "are lost" if self._opened is None or self._opened.writer.in_process else "are left to the writer process"
         )
-        return f"interrupted at exit; {len(self._pending)} saves that were not durable yet {fate}"
+        return f"interrupted at exit; {len(self._reports.pending)} saves that were not durable yet {fate}"
 
     def take_failures(self) -> list[SaveFailed]:
         """Returns the failures that nobody has been told of, and forgets them."""
-        failures = list(self._failures)
-        self._failures.clear()
-        return failures
+        return self._reports.take_failures()
 
     def forget_after_fork(self) -> None:
         """In a forked child: gives up the parent's slots; the next `matches` asks for slots of the child's own."""
         opened, self._opened = self._opened, None
-        self._pending.clear()
-        self._failures.clear()
+        self._reports.forget_pending()
         if opened is not None:
             opened.pool.abandon()
 
@@ -301,6 +206,7 @@ class Engine:
         manifest: dict[str, Any] | None = None,
         note: str = "",
         started: float | None = None,
+        compute_seconds: float = 0.0,
     ) -> PendingSave | None:
         """Takes a snapshot and submits it; what it returns is not durable yet.
 
@@ -316,36 +222,44 @@ class Engine:
             manifest: JSON to keep with the checkpoint.
             note: Kept with the pending save.
             started: `time.monotonic()` at which the caller's hook began.
+            compute_seconds: How long it has waited since then until a training step was computed.
 
         Returns:
-            The pending save, or `None` when no slot was free and `on_busy="skip"`.
+            The pending save, or `None` when it was skipped: no slot was free (`on_busy="skip"`), or none was to be
+            had (`"latest"`: each is being written, or filled from a device).
         """
         opened = self._opened
         assert opened is not None, "open() comes first"
         started = time.monotonic() if started is None else started
         self.counts.requested += 1
         slot, waited = self._acquire(opened)
+        state_bytes = opened.snapshotter.plan.state_bytes
+        stats = SaveStats(step, target(step).shown, state_bytes, 0.0, waited, compute_seconds=compute_seconds)
+        pending = PendingSave(stats, note, self)
         if slot is None:
-            self.counts.skipped += 1
+            pending.change(call_seconds=time.monotonic() - started)
+            self._reports.keep(pending)
+            self._reports.skip(pending)
             return None
-        stats = SaveStats(step, target(step).shown, opened.snapshotter.plan.state_bytes, 0.0, waited)
-        pending = PendingSave(self, stats, note)
         number = opened.writer.next_job_number()
         work = _Work(number, opened, slot, pending, target, step_leaf, step_divisor, manifest or {}, started)
-        self._pending[number] = pending
+        self._reports.expect(number, pending)
         try:
             self._start(work, arrays)
         except BaseException:
-            del self._pending[number]
-            opened.pool.release(slot)
+            if opened.writer.call_off(number):  # else the writer has begun, and will report
+                self._reports.call_off(number)
+                opened.pool.release(slot)
             raise
-        pending._note(call_seconds=time.monotonic() - started)
-        self._recent.append(pending)
+        pending.change(call_seconds=time.monotonic() - started)
+        self._reports.keep(pending)
         return pending
 
     def _acquire(self, opened: _Opened) -> tuple[Slot | None, float]:
         slot = opened.pool.try_acquire()
-        if slot is not None or self._options.on_busy == "skip":
+        if slot is None and self._options.on_busy == "latest":
+            slot = self._replace_oldest(opened)
+        if slot is not None or self._options.on_busy != "wait":
             return slot, 0.0
         started = time.monotonic()
         while slot is None:
@@ -353,11 +267,25 @@ class Engine:
             slot = opened.pool.try_acquire()
         return slot, time.monotonic() - started
 
+    def _replace_oldest(self, opened: _Opened) -> Slot | None:
+        """Takes the slot of the oldest snapshot that nobody has begun to write; `None` where there is none.
+
+        The oldest: with three slots or more, a newer one stays submitted if this process is killed meanwhile.
+        """
+        opened.writer.collect()
+        if not opened.pool.has_free:
+            any(opened.writer.withdraw(number) for number in self._reports.pending_numbers)
+        return opened.pool.try_acquire()
+
     def _start(self, work: _Work, arrays: Sequence[Array]) -> None:
         opened = work.opened
         if opened.snapshotter.mode == "device_copy":
             self._queue(work, opened.snapshotter.copy_on_device(arrays))
             return
+        before = time.monotonic()
+        opened.snapshotter.wait_until_computed(arrays)
+        computed = work.pending.stats.compute_seconds + time.monotonic() - before
+        work.pending.change(compute_seconds=computed)
         opened.snapshotter.take(arrays, work.slot)
         if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
             self._submit(work)
@@ -366,7 +294,7 @@ class Engine:
 
     def _is_queue_empty(self, work: _Work) -> bool:
         # Saves must reach the writer in their order: two may have one target.
-        return all(pending._submitted.is_set() for pending in list(self._pending.values()) if pending != work.pending)
+        return all(pending.wait_until_submitted(0) for pending in self._reports.pending if pending is not work.pending)
 
     def _queue(self, work: _Work, private: list[Array] | None) -> None:
         assert work.opened.fetcher is not None
@@ -380,7 +308,6 @@ class Engine:
             self._submit(work, self._render(work))
         except Exception as error:  # noqa: BLE001  reported like any failure of the writer
             self._take_outcome(work, {"error": f"{type(error).__name__}: {error}", "errno": None})
-            work.pending._submitted.set()
 
     def _render(self, work: _Work) -> bytes | None:
         """Returns the file where the trainer has to make it, else `None`."""
@@ -392,13 +319,14 @@ class Engine:
         if not rendering.has_to_render(arrays):
             return None
         if rendering.difference and not is_known:
-            self._remarks.append(f"{rendering.difference}: from now on Keras writes each file, on a thread beside fit.")
+            text = f"{rendering.difference}: from now on Keras writes each file, on a thread beside fit."
+            self._reports.remark(text)
         return rendering.render(arrays)
 
     def _submit(self, work: _Work, content: bytes | None = None) -> None:
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
-        work.pending._note(step=step, path=target.shown)
+        work.pending.change(step=step, path=target.shown)
         image = None if content is None else make_image(content)
         job = Job(
             number=work.number,
@@ -416,11 +344,12 @@ class Engine:
             file_bytes=None if content is None else len(content),
             manifest=work.manifest | {"step": step},
             full_every=self._options.full_every,
+            retry_seconds=self._options.retry_seconds,
         )
         if image is not None:
             work.opened.writer.add_slot(image)
         work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image))
-        work.pending._submitted.set()
+        work.pending.mark_submitted()
 
     # ------------------------------------------------------------------------------------------------- reports
 
@@ -430,79 +359,76 @@ class Engine:
         Raises:
             SaveFailed: an earlier save failed; each failure is raised once.
         """
-        if self._pending and self._opened is not None:
+        if self._reports.pending and self._opened is not None:
             self._opened.writer.collect()
-        self._pass_on_failures()
+        lifecycle.close_abandoned()
+        self.raise_failures()
+
+    def raise_failures(self) -> None:
+        """Passes a failure on as `on_error` says; see `poll`."""
+        try:
+            self._reports.pass_on()
+        finally:
+            self._retire_if_finished()
+
+    def wait(self, timeout: float | None) -> None:
+        """Waits until all saves are durable.
+
+        Raises:
+            SaveFailed: one could not be made durable.
+            SaveTimeout: `timeout` seconds ran out.
+        """
+        if not self.wait_all(timeout):
+            raise self._reports.describe_timeout(timeout)
+        self.raise_failures()
 
     def wait_all(self, timeout: float | None) -> bool:
         """Waits until no save is pending; returns whether that was reached within `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        for pending in list(self._pending.values()):
-            if not self.wait_for(pending, None if deadline is None else max(0.0, deadline - time.monotonic())):
+        for pending in self._reports.pending:
+            if not self._wait(pending, None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
         return True
 
-    def wait_for(self, pending: PendingSave, timeout: float | None) -> bool:
-        """Waits until one save is durable or has failed; returns whether that was reached within `timeout` seconds."""
+    def wait_for(self, pending: PendingSave, timeout: float | None) -> None:
+        """Waits until one save is durable, and raises what `PendingSave.wait` raises."""
+        if not self._wait(pending, timeout):
+            raise self._reports.describe_timeout(timeout, pending)
+        if pending.error is not None:
+            self._reports.forget_failure(pending.error)
+            raise pending.error
+
+    def _wait(self, pending: PendingSave, timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not pending.done():
-            remaining = None if deadline is None else deadline - time.monotonic()
-            if remaining is not None and remaining <= 0:
-                return False
-            if not pending._submitted.wait(remaining):
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not pending.wait_until_submitted(remaining):
                 return False
             self._advance(remaining, until=pending.done)
+            if remaining == 0:
+                return pending.done()
         return True
-
-    def raise_failures(self) -> None:
-        """Passes a failure on as `on_error` says; see `poll`."""
-        self._pass_on_failures()
-
-    def forget_failure(self, error: SaveFailed) -> None:
-        """Takes a failure off the list, because the caller is about to raise it."""
-        if error in self._failures:
-            self._failures.remove(error)
 
     def _advance(self, timeout: float | None = None, *, until: Callable[[], bool]) -> None:
         """Waits for reports, or for a transfer from the device that has to come first."""
-        assert self._opened is not None
-        waiting = next((pending for pending in list(self._pending.values()) if not pending.done()), None)
-        if waiting is not None and not waiting._submitted.wait(timeout):
+        opened = self._opened
+        if opened is None:  # another thread has taken the last report in, and closed
             return
-        self._opened.writer.collect(3600.0 if timeout is None else timeout, until)
+        waiting = next(iter(self._reports.pending), None)
+        if waiting is not None and not waiting.wait_until_submitted(timeout):
+            return
+        opened.writer.collect(3600.0 if timeout is None else timeout, until)
 
-    def _take_outcome(self, work: _Work, outcome: writer.Outcome, image: Slot | None = None) -> None:
-        pending = self._pending.pop(work.number)
-        error = outcome.get("error")
-        if error is None:
-            seconds = outcome["durable_at"] - work.started
-            costs = {name: outcome[name] for name in ("cpu_seconds", "written_bytes")}
-            pending._note(durable_seconds=seconds, **costs)
-            self.counts.durable += 1
-            if "remark" in outcome:
-                self._remarks.append(outcome["remark"])
-        else:
-            pending._note(error=error)
-            self.counts.failed += 1
-            pending._error = _failure(pending, outcome)
-            self._failures.append(pending._error)
+    def _take_outcome(self, work: _Work, outcome: Outcome, image: Slot | None = None) -> None:
+        failure = self._reports.take_in(work.number, outcome, work.started)
         if image is not None:
             work.opened.writer.drop_slot(image)
             image.close()
         work.opened.pool.release(work.slot)
-        pending._done.set()
-        if error is None:
-            self._on_durable(pending)
-
-    def _pass_on_failures(self) -> None:
-        while self._remarks:
-            warnings.warn(self._remarks.popleft(), RuntimeWarning, stacklevel=3)
-        while self._failures:
-            failure = self._failures.popleft()
-            self._retire_if_finished()
-            if self._options.on_error == "raise":
-                raise failure
-            warnings.warn(str(failure), RuntimeWarning, stacklevel=3)
+        work.pending.settle(failure)
+        on_durable = self._on_durable()
+        if failure is None and on_durable is not None:
+            on_durable(work.pending)
 
 
 @dataclass(frozen=True)
@@ -525,45 +451,3 @@ class _Work:
         layout = self.opened.snapshotter.plan.leaves[self.step_leaf]
         count = self.slot.buffer[layout.offset : layout.offset + layout.chunk_bytes]
         return int.from_bytes(count, "little") // self.step_divisor
-
-
-_unfinished: dict[Engine, None] = {}
-"""Engines that are open, or have failures that nobody has been told of; a dict, so that they keep their order."""
-
-
-def _finish_at_exit() -> None:
-    """Waits for all that was submitted; failures that nobody has been told of are printed and fail the exit."""
-    problems: list[str] = []
-    try:
-        for engine in list(_unfinished):
-            engine.close()
-    except KeyboardInterrupt:
-        problems += [engine.describe_unfinished() for engine in _unfinished]
-    problems += [str(failure) for engine in _unfinished for failure in engine.take_failures()]
-    for problem in problems:
-        print(f"offstep: {problem}", file=sys.stderr)
-    if problems:
-        _native.fail_exit()
-
-
-def _forget_after_fork() -> None:
-    for engine in _unfinished:
-        engine.forget_after_fork()
-    _unfinished.clear()
-
-
-# JAX, imported above, has its own handler already; this one runs before it.
-atexit.register(_finish_at_exit)
-os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def _failure(pending: PendingSave, outcome: writer.Outcome) -> SaveFailed:
-    text = (
-        f"step {pending.step} was not saved to {pending.path}: {outcome['error']}; "
-        "checkpoints saved before it are untouched"
-    )
-    if outcome.get("died"):
-        return WriterDied(text)
-    if outcome.get("errno") is not None:
-        return SaveFailed(outcome["errno"], text)
-    return SaveFailed(text)

@@ -2,7 +2,8 @@
 
 OffstepError
 ├── SaveFailed          (also OSError)       a checkpoint could not be made durable
-│   └── WriterDied      (also OSError)       ... because its writer process kept dying
+│   ├── WriterDied      (also OSError)       ... because its writer process kept dying
+│   └── SaveReplaced    (also OSError)       ... because a newer one took its place (`on_busy="latest"`)
 ├── SaveTimeout         (also TimeoutError)  `wait(timeout)` ran out; the saves go on
 ├── BudgetExceeded      (also MemoryError)   one snapshot does not fit the host memory budget
 ├── UnsupportedLeaf     (also TypeError)     a leaf that no checkpoint reader could read back
@@ -27,8 +28,25 @@ class WriterDied(SaveFailed):
     """The writer process died repeatedly while it worked on the same checkpoint."""
 
 
+class SaveReplaced(SaveFailed):
+    """With `on_busy="latest"`, a newer snapshot took the place of this one before it was written.
+
+    Raised by the `wait` of that save only; it is counted as skipped, not as failed.
+    """
+
+
 class SaveTimeout(OffstepError, TimeoutError):
-    """`wait(timeout)` ran out before all submitted checkpoints were durable."""
+    """`wait(timeout)` ran out before all submitted checkpoints were durable.
+
+    Attributes:
+        steps: Those waited for that are not durable, in the order in which they were saved.
+        newest_step: The greatest step of this run that is durable; `None` when none is.
+    """
+
+    def __init__(self, text: str, steps: tuple[int, ...] = (), newest_step: int | None = None) -> None:
+        super().__init__(text)
+        self.steps = steps
+        self.newest_step = newest_step
 
 
 class BudgetExceeded(OffstepError, MemoryError):

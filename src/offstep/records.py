@@ -146,6 +146,7 @@ class Job:
         file_bytes: Size of the file, where the trainer has made it and the slot holds nothing else.
         manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
+        retry_seconds: How long to try again after a failure that may pass.
     """
 
     number: int
@@ -163,6 +164,7 @@ class Job:
     file_bytes: int | None = None
     manifest: dict[str, Any] = field(default_factory=dict)  # JSON
     full_every: int | None = None
+    retry_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,13 @@ class SaveStats:
         state_bytes: Bytes of state.
         call_seconds: Time in the training thread's hook.
         wait_seconds: The part of `call_seconds` spent waiting for a free slot.
+        compute_seconds: The part of `call_seconds` spent waiting until the state was computed: the rest of a training
+            step that had been dispatched before the hook was called. That is training, not saving.
         durable_seconds: From the start of the call until the checkpoint was durable; `None` while pending or failed.
         cpu_seconds: CPU time that the writer spent on it; `None` while pending or failed.
         written_bytes: Bytes of all files that were written for it, and not just linked; `None` while pending or failed.
         error: Message of the failure, else `None`.
+        skipped: Whether it was skipped or replaced by a newer one, because all slots were on their way.
     """
 
     step: int
@@ -190,3 +195,10 @@ class SaveStats:
     cpu_seconds: float | None = None
     written_bytes: int | None = None
     error: str | None = None
+    compute_seconds: float = 0.0
+    skipped: bool = False
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long the training thread waited because of the save: `call_seconds` without `compute_seconds`."""
+        return self.call_seconds - self.compute_seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ import numpy as np
 from offstep import _native
 from offstep.buffers import Slot, copy_table, shard_count, shard_grid
 from offstep.errors import StructureMismatch, UnsupportedLeaf
+from offstep.options import Mode
 from offstep.records import Leaf, PathKey, Plan
 from offstep.sharding import sharding_text
 
-Mode = Literal["host", "device_copy"]
 Array = Any  # jax.Array, np.ndarray or a Python number
 
 _SINGLE_SHARD = (0,)
@@ -110,6 +110,17 @@ class Snapshotter:
             and [getattr(array, "sharding", None) for array in arrays] == self._shardings
         )
 
+    def wait_until_computed(self, arrays: Sequence[Array]) -> None:
+        """Waits for the training steps that were dispatched, which make the arrays.
+
+        Raises:
+            StructureMismatch: an array has been deleted.
+        """
+        try:
+            jax.block_until_ready(list(arrays))  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            raise _unreadable(error) from error
+
     def take(self, arrays: Sequence[Array], slot: Slot) -> None:
         """Copies the arrays into the slot, chunk by chunk, each with its checksum.
 
@@ -120,8 +131,8 @@ class Snapshotter:
             StructureMismatch: an array has been deleted or resharded.
         """
         keep_alive: list[np.ndarray] = []
+        self.wait_until_computed(arrays)
         try:
-            jax.block_until_ready(list(arrays))  # type: ignore[no-untyped-call]
             addresses = self._addresses(arrays, keep_alive)
         except (RuntimeError, ValueError) as error:
             raise _unreadable(error) from error

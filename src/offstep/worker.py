@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from offstep import catalog, commit, retention
-from offstep.buffers import Slot
+from offstep.buffers import Claim, Slot
 from offstep.formats import FORMATS
 from offstep.records import Job, Plan
+from offstep.retry import retry
 from offstep.wire import Channel, Message
 
 PROCESS_NICENESS = 5
@@ -32,12 +33,13 @@ PROCESS_NICENESS = 5
 
 @dataclass
 class _Holdings:
-    """What the trainer has handed over: slots by number, prepared plans by number.
+    """What the trainer has handed over: slots by number, with their claims, prepared plans by number.
 
     In place of a plan that could not be prepared there is the error, for the jobs that need it.
     """
 
     slots: dict[int, mmap.mmap] = field(default_factory=dict)
+    claims: dict[int, Claim] = field(default_factory=dict)
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
 
 
@@ -63,6 +65,8 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
     if local_slots is None:
         for buffer in holdings.slots.values():
             buffer.close()
+        for claim in holdings.claims.values():
+            claim.close()
 
 
 def _answer(channel: Channel, answer: Message) -> None:
@@ -75,25 +79,29 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
         case "add_slot":
             number = message["slot"]
             if local_slots is None:
-                holdings.slots[number] = _map_slot(message["fd"], message["bytes"])
-            elif number in local_slots:  # else it has been dropped again
-                holdings.slots[number] = local_slots[number].buffer
+                holdings.slots[number], holdings.claims[number] = _map_slot(message["fd"], message["bytes"])
+            elif slot := local_slots.get(number):  # else it has been dropped again
+                holdings.slots[number], holdings.claims[number] = slot.buffer, slot.claim
         case "drop_slot":
-            buffer = holdings.slots.pop(message["slot"], None)
-            if local_slots is None and buffer is not None:
+            buffer, claim = holdings.slots.pop(message["slot"], None), holdings.claims.pop(message["slot"], None)
+            if local_slots is None and buffer is not None and claim is not None:
                 buffer.close()
+                claim.close()
         case "add_plan":
             holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
         case "drop_plan":
             del holdings.plans[message["plan"]]
         case "save":
-            return _save(Job(**message["job"]), holdings)
+            job = Job(**message["job"])
+            claim = holdings.claims.get(job.slot)
+            if claim is not None and claim.take(job.number):  # else the trainer has taken it back
+                return _save(job, holdings)
     return None
 
 
-def _map_slot(descriptor: int, size_bytes: int) -> mmap.mmap:
+def _map_slot(descriptor: int, size_bytes: int) -> tuple[mmap.mmap, Claim]:
     try:
-        return mmap.mmap(descriptor, size_bytes)
+        return mmap.mmap(descriptor, size_bytes), Claim(descriptor, size_bytes)
     finally:
         os.close(descriptor)
 
@@ -114,23 +122,29 @@ def _prepare(data: dict[str, Any]) -> Any:
 
 def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
+    remarks = []
     try:
-        written_bytes = _write(job, holdings.plans[job.plan], holdings.slots[job.slot])
+        plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
+        written_bytes, remark = retry(lambda: _write(job, plan, slot), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         code = error.errno if isinstance(error, OSError) else None
         if code is None:
             traceback.print_exc()  # not the disk's fault, so ours
-        return {"job": job.number, "error": f"{type(error).__name__}: {error}", "errno": code}
+        text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+        return {"job": job.number, "error": text, "errno": code}
+    if remark is not None:
+        remarks.append(f"step {job.step} is durable, but {remark}")
     answer: Message = {
         "job": job.number,
         "durable_at": time.monotonic(),
         "cpu_seconds": time.process_time() - cpu_start,
         "written_bytes": written_bytes,
+        "remarks": remarks,
     }
     try:
         _retire(job)
     except OSError as error:  # The new checkpoint is durable all the same.
-        answer["remark"] = f"older checkpoints of {job.root} could not be deleted: {error}"
+        remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
     return answer
 
 
@@ -170,7 +184,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(PROCESS_NICENESS)
     threading.main_thread().name = "offstep-writer"
-    serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    _answer(channel, {"hello": os.getpid()})  # so that the trainer knows that this is a writer
+    serve(channel)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The trainer's end of the pipe: one writer process per training process.
 
-The writer is started at the first use. If it dies, a new one is started and gets the unfinished jobs again; their
-slots are still held here.
+The writer is started at the first use, and says hello once it runs. If it dies, a new one is started and gets the
+unfinished jobs again; their slots are still held here. A program that never says hello is no writer (`sys.executable`
+may be a launcher or an application that embeds Python): then a thread does the work.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -26,9 +28,13 @@ from offstep.records import Job, Plan
 from offstep.wire import Channel, Message
 
 Outcome = Message
-"""What the writer says of a job: `durable_at`, or `error` and `errno`."""
+"""What the writer says of a job: `durable_at`, or `error` and `errno`; `withdrawn` for one that it never began."""
+
+HELLO_SECONDS = 60.0
+"""How long a started process may take until it says hello; a cold start from a network file system takes some."""
 
 _MAX_ATTEMPTS = 3
+_LAST_BREATH_SECONDS = 1.0
 _START = "import sys; sys.path[:] = {path!r}; from offstep.worker import main; main()"
 
 
@@ -68,6 +74,8 @@ class Writer:
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._is_greeted = False  # whether the process has said hello
+        self._launched_at = 0.0  # time.monotonic()
         self._next_job = 1
         self._next_plan = 1
         self._run = secrets.token_hex(4)
@@ -141,10 +149,34 @@ class Writer:
         json.dumps(message)  # what cannot be sent must fail here, before anybody waits for it
         with self._lock:
             self.start()
+            self._handed.slots[job.slot].claim.offer(job.number)
             self._handed.jobs[job.number] = _Submitted(job, message, on_outcome)
             is_told = self._tell(message)
         if not is_told:
             self.collect()  # the writer has died while it had nothing to do: start another one now
+
+    def withdraw(self, number: int) -> bool:
+        """Takes a job back that the writer has not begun; returns whether it could.
+
+        The writer need not answer, nor even look up from what it is writing: the first to claim the job has it. Its
+        outcome is `{"withdrawn": True}`.
+        """
+        with self._lock:
+            submitted = self._claim_back(number)
+        if submitted is not None:
+            submitted.on_outcome({"withdrawn": True})  # without the lock: it may come back to this writer
+        return submitted is not None
+
+    def call_off(self, number: int) -> bool:
+        """Takes a job back without an outcome, if it was handed over; returns whether it will never be written."""
+        with self._lock:
+            return number not in self._handed.jobs or self._claim_back(number) is not None
+
+    def _claim_back(self, number: int) -> _Submitted | None:
+        submitted = self._handed.jobs.get(number)
+        if submitted is None or not self._handed.slots[submitted.job.slot].claim.take(number):
+            return None
+        return self._handed.jobs.pop(number)
 
     def collect(self, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
         """Takes in what the writer has reported, and restarts it if it died with work left.
@@ -174,15 +206,27 @@ class Writer:
         """Returns whether there was something within the time."""
         self.start()  # only if starting another writer has failed before
         assert self._channel is not None
+        patience = self._patience_seconds()
         try:
-            message = self._channel.receive(timeout_seconds)
+            message = self._channel.receive(min(timeout_seconds, patience))
         except EOFError:
             self._restart()
             return True
         if message is None:
-            return False
-        self._finish(message)
+            if timeout_seconds < patience:
+                return False
+            self._restart()
+        elif "hello" in message:
+            self._is_greeted = True
+        else:
+            self._finish(message)
         return True
+
+    def _patience_seconds(self) -> float:
+        """Returns how much longer to wait for a sign of life."""
+        if self.in_process or self._is_greeted:
+            return math.inf
+        return max(0.0, self._launched_at + HELLO_SECONDS - time.monotonic())
 
     def close(self) -> None:
         """Waits for all jobs, then for the writer to end."""
@@ -201,6 +245,7 @@ class Writer:
         self._channel = None
         self._process = None
         self._thread = None
+        self._is_greeted = False
         self._handed = _Handed()
         self._turn = threading.Condition()
         self._is_receiving = False
@@ -229,41 +274,46 @@ class Writer:
         finally:
             os.close(descriptor)
 
-    def _launch(self) -> None:
+    def _launch(self, reason: str = "") -> None:
+        """Starts a writer: a thread if `reason` says why it can be no process."""
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
-        self.in_process = self._wants_thread
-        if not self.in_process:
-            self._start_process(theirs)
+        if not self._wants_thread and not reason:
+            reason = self._start_process(theirs)
+        self.in_process = self._wants_thread or bool(reason)
         if self.in_process:
             self._start_thread(theirs)
         for slot in self._handed.slots.values():
             self._tell_slot(slot)
         for number in self._handed.plans:
             self._tell_plan(number)
-        for submitted in self._handed.jobs.values():
+        for number, submitted in self._handed.jobs.items():
+            self._handed.slots[submitted.job.slot].claim.offer(number)  # the writer that died may have claimed it
             self._tell(submitted.message)
+        if reason:  # last, because a warning may be an error
+            warnings.warn(
+                f"offstep cannot start its writer process ({reason}); it writes in a thread, which slows training.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-    def _start_process(self, theirs: socket.socket) -> None:
-        code = _START.format(path=sys.path)
+    def _start_process(self, theirs: socket.socket) -> str:
+        """Returns why it could not be started, or nothing."""
+        if not sys.executable:
+            return "the path of the Python interpreter is not known"
         try:
-            if not sys.executable:
-                raise OSError("the path of the Python interpreter is not known")
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno())],
+                [sys.executable, "-c", _START.format(path=sys.path), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C does not reach it
             )
-            theirs.close()
         except OSError as error:
-            self.in_process = True
-            warnings.warn(
-                f"offstep cannot start its writer process ({error}); it writes in a thread, which slows training.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            return str(error)
+        theirs.close()
+        self._is_greeted, self._launched_at = False, time.monotonic()
+        return ""
 
     def _start_thread(self, theirs: socket.socket) -> None:
         arguments = (Channel(theirs), self._handed.slots)
@@ -272,36 +322,54 @@ class Writer:
         self._thread.start()
 
     def _restart(self) -> None:
-        """Replaces a writer that died, and submits the unfinished jobs again."""
+        """Replaces a writer that died, or never lived, and submits the unfinished jobs again."""
         with self._lock:
             assert self._channel is not None
             self._channel.close()
             self._channel = None
+            is_no_writer = not self.in_process and not self._is_greeted
             status = self._reap()
+            if is_no_writer and (status is None or status >= 0):  # by a signal dies also what would have been one
+                self._launch(f"{sys.executable} {_describe_false_start(status)}")
+                return
             # Jobs are served in order: it died on the first.
-            first = next(iter(self._handed.jobs.values()))
-            first.attempts += 1
-        if first.attempts > _MAX_ATTEMPTS:
-            text = f"WriterDied: the writer process ended {_MAX_ATTEMPTS} times while it wrote this ({status})"
-            self._finish({"job": first.job.number, "error": text, "errno": None, "died": True})
+            first = next(iter(self._handed.jobs.values()), None)
+            if first is not None:
+                first.attempts += 1
+        if first is not None and first.attempts > _MAX_ATTEMPTS:
+            text = f"the writer process ended {_MAX_ATTEMPTS} times while it wrote this (exit status {status})"
+            self._finish({"job": first.job.number, "error": f"WriterDied: {text}", "errno": None, "died": True})
         with self._lock:
             if self._handed.jobs and self._channel is None:
                 self._launch()
 
-    def _reap(self) -> str:
-        status = "no process"
+    def _reap(self) -> int | None:
+        """Waits for the end of the writer; returns the status of a process that ended by itself."""
+        status = None
         if self._process is not None:
-            status = f"exit status {self._process.wait()}"
+            status = self._wait_for_process(self._process)
             self._process = None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return status
 
+    def _wait_for_process(self, process: subprocess.Popen[bytes]) -> int | None:
+        try:
+            return process.wait(None if self._is_greeted else _LAST_BREATH_SECONDS)
+        except subprocess.TimeoutExpired:  # no writer: it does not know that it should end when the pipe closes
+            process.kill()
+            process.wait()
+            return None
+
     def _finish(self, outcome: Outcome) -> None:
         with self._lock:
             submitted = self._handed.jobs.pop(outcome["job"])
         submitted.on_outcome(outcome)  # without the lock: it may come back to this writer
+
+
+def _describe_false_start(status: int | None) -> str:
+    return "runs, but not as a writer" if status is None else f"ended at once, with status {status}"
 
 
 def _spool(text: bytes) -> int:

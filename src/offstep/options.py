@@ -1,0 +1,60 @@
+"""How an engine works: the options that every face of it takes, checked once, at construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+OnBusy = Literal["wait", "skip", "latest"]
+OnError = Literal["raise", "warn"]
+Mode = Literal["host", "device_copy"]
+
+_MOST_COPY_THREADS = 256  # that the native module takes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine works; see `Checkpointer` for the meaning of each."""
+
+    slots: int = 2
+    on_busy: OnBusy = "wait"
+    on_error: OnError = "raise"
+    memory_budget: int | None = None
+    copy_threads: int = 2
+    snapshot_mode: Mode | None = None
+    in_process: bool = False
+    full_every: int | None = None
+    retry_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Checks each option.
+
+        Raises:
+            ValueError: one is out of range; the message ends in what was received.
+        """
+        _check(isinstance(self.slots, int) and self.slots >= 1, "slots must be an integer of at least 1", self.slots)
+        ways = ("wait", "skip", "latest")
+        _check(self.on_busy in ways, "on_busy must be 'wait', 'skip' or 'latest'", self.on_busy)
+        has_room = self.on_busy != "latest" or self.slots >= 2
+        _check(has_room, "on_busy='latest' needs 2 slots or more: one is written while another waits", self.slots)
+        _check(self.on_error in ("raise", "warn"), "on_error must be 'raise' or 'warn'", self.on_error)
+        budget = self.memory_budget
+        is_budget = budget is None or (isinstance(budget, (int, float)) and budget > 0)
+        _check(is_budget, "memory_budget must be a positive number of bytes", budget)
+        threads = self.copy_threads
+        is_count = isinstance(threads, int) and 1 <= threads <= _MOST_COPY_THREADS
+        _check(is_count, f"copy_threads must be an integer from 1 to {_MOST_COPY_THREADS}", threads)
+        every = self.full_every
+        is_every = every is None or (isinstance(every, int) and every >= 1)
+        _check(is_every, "full_every must be None or an integer of at least 1", every)
+        seconds = self.retry_seconds
+        is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
+        _check(is_time, "retry_seconds must be a finite number of seconds, 0 or more", seconds)
+        modes = (None, "host", "device_copy")
+        _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
+
+
+def _check(is_good: bool, rule: str, received: object) -> None:
+    if not is_good:
+        raise ValueError(f"{rule}. Received: {received!r}")
