@@ -653,7 +653,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         (
             "x/{step}",
             {"snapshot_mode": "fast"},
-            "None, 'host' or 'device_copy'. Received: 'fast'",
+            "None, 'host', 'device_copy' or 'transfer'. Received: 'fast'",
         ),
         ("x/{epoch.real}", {}, "field '{epoch.real}' reaches into its value. Received: filepath=x/{epoch.real}"),
         ("x/{}", {}, "Received: filepath=x/{}"),

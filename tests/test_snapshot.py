@@ -21,13 +21,13 @@ from offstep import _native
 from offstep.buffers import SlotPool, make_plan
 from offstep.checkpointer import Checkpointer
 from offstep.errors import StructureMismatch, UnsupportedLeaf
-from offstep.snapshot import Mode, Snapshotter, choose_mode, describe_leaf
+from offstep.snapshot import Mode, Snapshotter, describe_leaf, has_room
 
-MODES: tuple[Mode, ...] = ("host", "device_copy")
-both_modes = pytest.mark.parametrize("mode", MODES)
+MODES: tuple[Mode, ...] = ("host", "device_copy", "transfer")
+all_modes = pytest.mark.parametrize("mode", MODES)
 
 
-def snapshotter_of(arrays: list[Any], mode: Mode = "host") -> Snapshotter:
+def snapshotter_of(arrays: list[Any], mode: Mode | None = "host") -> Snapshotter:
     leaves = [describe_leaf((f"leaf{number}",), array) for number, array in enumerate(arrays)]
     return Snapshotter(make_plan(leaves), arrays, mode=mode)
 
@@ -52,7 +52,7 @@ NARROW = (
 SHAPES = ((), (1,), (7,), (3, 5), (2, 3, 4))
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("in_process", [False, True])
 def test_jax_arrays_of_all_dtypes_come_back_bit_for_bit(tmp_path: Path, mode: Mode, in_process: bool) -> None:
     tree = {
@@ -65,7 +65,7 @@ def test_jax_arrays_of_all_dtypes_come_back_bit_for_bit(tmp_path: Path, mode: Mo
         assert_same(checkpointer.restore(1, tree), tree)
 
 
-@both_modes
+@all_modes
 def test_numpy_arrays_of_all_dtypes_and_orders_come_back_bit_for_bit(tmp_path: Path, mode: Mode) -> None:
     tree = {
         name: random_bits(getattr(ml_dtypes, name, name), (3, 5))
@@ -82,7 +82,7 @@ def test_numpy_arrays_of_all_dtypes_and_orders_come_back_bit_for_bit(tmp_path: P
     assert_same(restored, {name: np.ascontiguousarray(array) if array.ndim else array for name, array in tree.items()})
 
 
-@both_modes
+@all_modes
 def test_a_big_endian_array_is_stored_by_its_values(tmp_path: Path, mode: Mode) -> None:
     """It was once stored as if its bytes were in this machine's order."""
     tree = {"w": np.arange(5, dtype=">f4"), "n": np.array(258, ">i8")}
@@ -94,7 +94,7 @@ def test_a_big_endian_array_is_stored_by_its_values(tmp_path: Path, mode: Mode) 
     assert int(restored["n"]) == 258
 
 
-@both_modes
+@all_modes
 def test_python_numbers_come_back(tmp_path: Path, mode: Mode) -> None:
     tree = {"int": -3, "float": 0.1, "bool": True, "np": np.float32(2.5), "np64": np.int64(7)}
     with Checkpointer(tmp_path, snapshot_mode=mode) as checkpointer:
@@ -106,7 +106,7 @@ def test_python_numbers_come_back(tmp_path: Path, mode: Mode) -> None:
     assert later["int"] == 4
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("grown", [2**63, 2**70])
 def test_a_python_number_that_outgrew_its_dtype_is_an_error(tmp_path: Path, mode: Mode, grown: int) -> None:
     """It once wrapped, or an address was stored in its place."""
@@ -118,7 +118,7 @@ def test_a_python_number_that_outgrew_its_dtype_is_an_error(tmp_path: Path, mode
     assert checkpointer.all_steps() == [1, 3]
 
 
-@both_modes
+@all_modes
 def test_keys_of_a_random_generator_come_back_as_keys(tmp_path: Path, mode: Mode) -> None:
     tree = {
         "typed": jax.random.key(3),
@@ -179,7 +179,7 @@ def advance(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf + 1, tree)
 
 
-@both_modes
+@all_modes
 def test_a_state_that_is_donated_right_after_the_save_is_stored_as_it_was(tmp_path: Path, mode: Mode) -> None:
     tree = {"large": jnp.zeros((1000, 1000)), "small": jnp.zeros(3), "scalar": jnp.zeros((), jnp.int32)}
     with Checkpointer(tmp_path, snapshot_mode=mode) as checkpointer:
@@ -193,7 +193,7 @@ def test_a_state_that_is_donated_right_after_the_save_is_stored_as_it_was(tmp_pa
             assert {float(value) for leaf in restored.values() for value in np.unique(leaf)} == {step}
 
 
-@both_modes
+@all_modes
 def test_numpy_leaves_may_be_changed_as_soon_as_save_returns(tmp_path: Path, mode: Mode) -> None:
     values = np.zeros(1_000_000, np.int32)
     with Checkpointer(tmp_path, snapshot_mode=mode) as checkpointer:
@@ -206,10 +206,11 @@ def test_numpy_leaves_may_be_changed_as_soon_as_save_returns(tmp_path: Path, mod
             assert (np.asarray(checkpointer.restore(step)["w"]) == step).all()
 
 
-def test_donation_is_not_refused_because_of_a_snapshot() -> None:
+@pytest.mark.parametrize("mode", ["host", "transfer"])
+def test_donation_is_not_refused_because_of_a_snapshot(mode: Mode) -> None:
     """A NumPy view that outlives the call makes XLA copy the state in the next step."""
     tree = [jnp.zeros(1000), jnp.zeros((100, 100))]
-    snapshotter = snapshotter_of(tree)
+    snapshotter = snapshotter_of(tree, mode)
     pool = SlotPool(snapshotter.plan.slot_bytes, 1)
     slot = pool.slots[0]
     snapshotter.take(tree, slot)
@@ -228,7 +229,49 @@ def test_a_copy_on_the_device_shares_no_memory_with_the_state() -> None:
     assert not any(leaf.is_deleted() for leaf in private)
 
 
-@both_modes
+def test_a_copy_on_the_device_waits_for_nothing(tmp_path: Path) -> None:
+    state = {"w": jnp.zeros(1000), "b": jnp.zeros(3)}
+    compute = jax.jit(lambda w: jax.lax.fori_loop(0, 300_000, lambda _, x: jnp.sin(x) + 1, w))  # a few seconds
+    compiled = compute.lower(state["w"]).compile()
+    with Checkpointer(tmp_path, snapshot_mode="device_copy") as checkpointer:
+        checkpointer.save(1, state)  # compiles the copy
+        state["w"] = compiled(state["w"])
+        checkpointer.save(2, state)
+        assert not state["w"].is_ready()
+        checkpointer.wait()
+        assert np.array_equal(checkpointer.restore(2)["w"], state["w"])
+
+
+def test_no_copy_on_the_host_stays_with_live_arrays(tmp_path: Path) -> None:
+    state = {"w": jnp.zeros(1000), "key": jax.random.key(0), "packed": jnp.zeros(8, jnp.int4)}
+    with Checkpointer(tmp_path, snapshot_mode="transfer") as checkpointer:
+        checkpointer.save(1, state)
+        # Where JAX keeps what it has brought to the host; `key_data` is an array over the same memory each time.
+        assert [getattr(array, "_npy_value", None) for array in state.values()] == [None] * 3
+        assert jax.random.key_data(state["key"])._npy_value is None
+
+
+def test_leaves_that_exceed_what_is_in_transfer_at_once_all_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offstep.snapshot._IN_TRANSFER_BYTES", 1000)
+    tree = [jnp.full(size, size, jnp.float32) for size in (1, 100, 1000, 10, 2, 500, 3)]
+    for mode in ("transfer", "device_copy"):
+        snapshotter = snapshotter_of(tree, mode)
+        pool = SlotPool(snapshotter.plan.slot_bytes, 1)
+        slot = pool.slots[0]
+        if mode == "transfer":
+            snapshotter.take(tree, slot)
+        else:
+            private = snapshotter.copy_on_device(tree)
+            snapshotter.fetch(private, slot)
+            assert private == [None] * len(tree)
+        for layout, array in zip(snapshotter.plan.leaves, tree, strict=True):
+            found = np.frombuffer(slot.buffer, np.float32, array.size, layout.offset)
+            assert (found == array.size).all()
+            del found
+        pool.close()
+
+
+@all_modes
 @pytest.mark.parametrize("how", ["deleted", "donated"])
 def test_a_state_that_no_longer_exists_is_a_clear_error(tmp_path: Path, mode: Mode, how: str) -> None:
     tree = {"w": jnp.ones(1000), "b": jnp.ones(3)}
@@ -278,7 +321,12 @@ def assert_holds_one_step(checkpoint: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "steps"),
-    [("host", 300), ("device_copy", 100), pytest.param("device_copy", 300, marks=pytest.mark.campaign)],
+    [
+        ("host", 300),
+        ("device_copy", 100),
+        ("transfer", 60),
+        pytest.param("device_copy", 300, marks=pytest.mark.campaign),
+    ],
 )
 def test_every_checkpoint_taken_while_training_goes_on_holds_exactly_one_step(
     tmp_path: Path, mode: Mode, steps: int
@@ -327,8 +375,48 @@ def test_a_jax_array_that_became_a_numpy_array_is_saved_all_the_same(tmp_path: P
 
 
 def test_cpu_arrays_and_host_values_are_read_on_the_host() -> None:
-    assert choose_mode([jnp.ones(3), np.ones(3), 1.0]) == "host"
-    assert choose_mode([1.0]) == "host"
+    for arrays in ([jnp.ones(3), np.ones(3), 1.0], [1.0]):
+        assert snapshotter_of(arrays, None).settle_mode(arrays) == "host"
+
+
+def test_a_copy_on_the_device_needs_room_for_it_beside_what_training_needs() -> None:
+    arrays = [jnp.ones(1000), jnp.ones((10, 100), jnp.bfloat16), jax.random.key(0), np.ones(1000), 1.0]
+    state_bytes = 4000 + 2000 + 8
+    limit = 10 * state_bytes
+    enough, too_much = limit - int(1.1 * state_bytes) - 1, limit - int(1.1 * state_bytes) + 1
+    for stats, expected in (
+        ({"bytes_limit": limit, "bytes_in_use": enough}, True),
+        ({"bytes_limit": limit, "bytes_in_use": too_much}, False),
+        ({"bytes_limit": limit, "bytes_in_use": 0, "peak_bytes_in_use": too_much}, False),
+        ({"bytes_limit": limit}, True),
+        ({"bytes_in_use": too_much}, True),
+        ({}, True),
+        (None, True),
+    ):
+        assert has_room(arrays, lambda device, stats=stats: stats) == expected, stats
+
+
+def test_the_device_with_the_least_room_decides() -> None:
+    """In a process of its own: it needs several devices."""
+    code = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from offstep.snapshot import has_room
+mesh = jax.make_mesh((4,), ("x",))
+split = jax.device_put(np.ones((8, 100), np.float32), NamedSharding(mesh, P("x")))
+whole = jax.device_put(np.ones(100, np.float32), NamedSharding(mesh, P()))
+asked = []
+def stats(device, used):
+    asked.append(device)
+    return {"bytes_limit": 10_000, "bytes_in_use": used.get(device.id, 0)}
+needed = 1.1 * (800 + 400)
+assert has_room([split, whole], lambda device: stats(device, {}))
+assert len(asked) == 4
+assert has_room([split, whole], lambda device: stats(device, {3: 10_000 - needed - 1}))
+assert not has_room([split, whole], lambda device: stats(device, {3: 10_000 - needed + 1}))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=100)
 
 
 def test_an_array_in_column_major_order_is_stored_by_its_values(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         on_error: Whether a save that failed in the background is raised by the next hook, or only warned of.
         memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
         copy_threads: Threads that copy a snapshot on the CPU backend.
-        snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
+        snapshot_mode: `"host"`, `"device_copy"` or `"transfer"`; `None` chooses by the devices and their free memory.
         in_process: Write in a thread rather than in a process of its own.
         skip_unchanged: Do not write frozen weights again: each checkpoint links a file with the variables that are not
             trainable and have not changed since the first save. Two checkpoints then share these bytes on the disk.
@@ -358,7 +358,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if self._max_to_keep is not None and self._is_file:
             self._saved.append(pending)
         if self._frequency is not None:
-            self._frequency.note_call(pending.stats.call_seconds)
+            self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)
 
     @property
     def _is_file(self) -> bool:

@@ -43,7 +43,7 @@ class Checkpointer:
         on_error: Whether a save that failed in the background is raised by the next call, or only warned of.
         memory_budget: Most bytes of host memory for slots; `None` takes 80 % of what is available.
         copy_threads: Threads that copy a snapshot on the CPU backend.
-        snapshot_mode: `"host"` or `"device_copy"`; `None` chooses by the devices.
+        snapshot_mode: `"host"`, `"device_copy"` or `"transfer"`; `None` chooses by the devices and their free memory.
         in_process: Write in a thread rather than in a process of its own.
         skip_unchanged: Do not write again what stays as it is: each checkpoint links a file with the leaves that have
             not changed since the first save. `True` looks at all leaves; a function is given a leaf's path, joined by

@@ -135,7 +135,7 @@ class Engine:
         for slot in pool.slots:
             borrowed.add_slot(slot)
         number = borrowed.add_plan(plan, format, documents)
-        needs_thread = snapshotter.mode == "device_copy" or rendering is not None
+        needs_thread = snapshotter.mode != "host" or rendering is not None
         fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
         lifecycle.add(self)
         self._tie = None if owner is None else lifecycle.tie(self, owner)
@@ -279,7 +279,7 @@ class Engine:
 
     def _start(self, work: _Work, arrays: Sequence[Array]) -> None:
         opened = work.opened
-        if opened.snapshotter.mode == "device_copy":
+        if opened.snapshotter.settle_mode(arrays) == "device_copy":
             self._queue(work, opened.snapshotter.copy_on_device(arrays))
             return
         before = time.monotonic()

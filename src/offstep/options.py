@@ -8,7 +8,7 @@ from typing import Literal
 
 OnBusy = Literal["wait", "skip", "latest"]
 OnError = Literal["raise", "warn"]
-Mode = Literal["host", "device_copy"]
+Mode = Literal["host", "device_copy", "transfer"]
 
 _MOST_COPY_THREADS = 256  # that the native module takes
 
@@ -51,8 +51,9 @@ class Options:
         seconds = self.retry_seconds
         is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
         _check(is_time, "retry_seconds must be a finite number of seconds, 0 or more", seconds)
-        modes = (None, "host", "device_copy")
-        _check(self.snapshot_mode in modes, "snapshot_mode must be None, 'host' or 'device_copy'", self.snapshot_mode)
+        modes = (None, "host", "device_copy", "transfer")
+        rule = "snapshot_mode must be None, 'host', 'device_copy' or 'transfer'"
+        _check(self.snapshot_mode in modes, rule, self.snapshot_mode)
 
 
 def _check(is_good: bool, rule: str, received: object) -> None:

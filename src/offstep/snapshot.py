@@ -1,14 +1,17 @@
 """Brings the state from device memory into a slot: the only module that reads device buffers.
 
-Two ways. `"host"` (CPU devices): the arrays' own buffers are copied into the slot before the call returns.
+Three ways. `"host"` (CPU devices): the arrays' own buffers are copied into the slot before the call returns.
 `"device_copy"` (GPU, TPU): a copy of all arrays is dispatched on the device, and fetched into the slot later by
-another thread, while training goes on.
+another thread, while training goes on. `"transfer"` (GPU, TPU without room for that copy): the arrays themselves are
+transferred before the call returns, several at a time.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from offstep import _native
-from offstep.buffers import Slot, copy_table, shard_count, shard_grid
+from offstep.buffers import Slot, copy_table, shard_grid
 from offstep.errors import StructureMismatch, UnsupportedLeaf
 from offstep.options import Mode
 from offstep.records import Leaf, PathKey, Plan
@@ -26,6 +29,8 @@ from offstep.sharding import sharding_text
 Array = Any  # jax.Array, np.ndarray or a Python number
 
 _SINGLE_SHARD = (0,)
+_IN_TRANSFER_BYTES = 256 << 20  # enough to keep the bus busy, and little beside the slot
+_ROOM = 1.1  # what a copy of the state needs, beside alignment and fragmentation, in states
 
 
 # ------------------------------------------------------------------------------------------------ what is there
@@ -80,13 +85,14 @@ class Snapshotter:
     Args:
         plan: Where each leaf goes.
         arrays: A state of that structure, in the order of the plan's leaves; it is not kept.
-        mode: How to read the arrays; `None` chooses by the devices they are on.
+        mode: How to read the arrays; `None` chooses by the devices they are on, and by their memory when the first
+            snapshot is taken: training has by then shown what it needs.
         threads: Threads that copy.
     """
 
     def __init__(self, plan: Plan, arrays: Sequence[Array], *, mode: Mode | None = None, threads: int = 2) -> None:
         self.plan = plan
-        self.mode = mode or choose_mode(arrays)
+        self.mode: Mode | None = mode or ("host" if _is_on_cpu(arrays) else None)
         self._threads = threads
         self._table = copy_table(plan)
         self._shapes = [_shape(array) for array in arrays]
@@ -121,11 +127,18 @@ class Snapshotter:
         except (RuntimeError, ValueError) as error:
             raise _unreadable(error) from error
 
+    def settle_mode(self, arrays: Sequence[Array]) -> Mode:
+        """Returns how these arrays will be read, and all later ones; on accelerators their free memory decides."""
+        if self.mode is None:
+            self.mode = "device_copy" if has_room(arrays) else "transfer"
+        return self.mode
+
     def take(self, arrays: Sequence[Array], slot: Slot) -> None:
         """Copies the arrays into the slot, chunk by chunk, each with its checksum.
 
-        Waits until the arrays are computed. No reference to their memory is left when it returns. The arrays must
-        satisfy `matches` and must not be donated meanwhile: call it on the thread that runs the training steps.
+        Waits until the arrays are computed, and with `"transfer"` until they are on the host. No reference to their
+        memory is left when it returns. The arrays must satisfy `matches` and must not be donated meanwhile: call it on
+        the thread that runs the training steps.
 
         Raises:
             StructureMismatch: an array has been deleted or resharded.
@@ -133,6 +146,9 @@ class Snapshotter:
         keep_alive: list[np.ndarray] = []
         self.wait_until_computed(arrays)
         try:
+            if self.mode == "transfer":
+                self._transfer(arrays, slot)
+                return
             addresses = self._addresses(arrays, keep_alive)
         except (RuntimeError, ValueError) as error:
             raise _unreadable(error) from error
@@ -160,19 +176,30 @@ class Snapshotter:
     def fetch(self, private: list[Array], slot: Slot) -> None:
         """Moves arrays that nobody else uses into the slot, leaf by leaf, and empties the list on the way.
 
-        Any thread. Waits for the device.
+        Any thread. Waits for the device. The memory of each leaf on the device is free as soon as it has arrived.
         """
+        self._transfer(_drain(private), slot)
+
+    def _transfer(self, arrays: Iterable[Array], slot: Slot) -> None:
+        """Brings arrays into the slot; while one is copied there, the next ones are on their way to the host."""
         sources = self._table["source"]
         first_source = 0
-        for index, layout in enumerate(self.plan.leaves):
-            count = shard_count(layout.leaf)
-            rows = slice(*np.searchsorted(sources, (first_source, first_source + count)))
+        for index, shards in _ahead(self._start_transfers(arrays)):
+            hosts = [_to_host(shard, self._host_dtypes[index]) for shard in shards]
+            shards.clear()
+            rows = slice(*np.searchsorted(sources, (first_source, first_source + len(hosts))))
             table = self._table[rows].copy()
             table["source"] -= first_source
-            hosts = [_to_host(shard, self._host_dtypes[index]) for shard in self._shards_of(index, private[index])]
-            private[index] = None  # its device memory is free from here on
             _native.gather([_address(host) for host in hosts], table.data, slot.buffer, self._threads)
-            first_source += count
+            first_source += len(hosts)
+
+    def _start_transfers(self, arrays: Iterable[Array]) -> Iterator[tuple[int, list[Array]]]:
+        for index, array in enumerate(arrays):
+            shards = [_detach(shard) for shard in self._shards_of(index, array)]
+            for shard in shards:
+                if isinstance(shard, jax.Array):
+                    shard.copy_to_host_async()
+            yield index, shards
 
     def _addresses(self, arrays: Sequence[Array], keep_alive: list[np.ndarray]) -> list[int]:
         if self._is_plain:
@@ -194,10 +221,64 @@ class Snapshotter:
         return [array.addressable_data(number) for number in shards]
 
 
-def choose_mode(arrays: Sequence[Array]) -> Mode:
-    """Returns how to read arrays on such devices."""
-    platforms = {_platform(array) for array in arrays if isinstance(array, jax.Array)}
-    return "host" if platforms <= {"cpu"} else "device_copy"
+def has_room(arrays: Sequence[Array], read_stats: Callable[[Any], Mapping[str, int] | None] | None = None) -> bool:
+    """Returns whether each device has the memory for a copy of what it holds of the arrays.
+
+    The most memory ever used counts as used: a step that is running may need it. A device that does not tell counts as
+    one with room.
+
+    Args:
+        arrays: The state.
+        read_stats: Gives a `jax.Device`'s `memory_stats()`.
+    """
+    for device, needed_bytes in _bytes_by_device(arrays).items():
+        stats = (read_stats(device) if read_stats else device.memory_stats()) or {}
+        used_bytes = max(stats.get("bytes_in_use", 0), stats.get("peak_bytes_in_use", 0))
+        if "bytes_limit" in stats and stats["bytes_limit"] - used_bytes < _ROOM * needed_bytes:
+            return False
+    return True
+
+
+def _bytes_by_device(arrays: Sequence[Array]) -> dict[Any, int]:  # by jax.Device, of which mypy sees nothing
+    sizes: dict[Any, int] = {}
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            data = jax.random.key_data(array) if _is_key(array) else array
+            shard_bytes = math.prod(data.sharding.shard_shape(data.shape)) * data.dtype.itemsize
+            for device in data.sharding.addressable_devices:
+                sizes[device] = sizes.get(device, 0) + shard_bytes
+    return sizes
+
+
+def _is_on_cpu(arrays: Sequence[Array]) -> bool:
+    return {_platform(array) for array in arrays if isinstance(array, jax.Array)} <= {"cpu"}
+
+
+def _drain(arrays: list[Array]) -> Iterator[Array]:
+    for index, array in enumerate(arrays):
+        arrays[index] = None
+        yield array
+
+
+def _ahead(started: Iterator[tuple[int, list[Array]]]) -> Iterator[tuple[int, list[Array]]]:
+    """Yields what it gets, in that order, but takes as many arrays in advance as shall be in transfer at once."""
+    waiting: deque[tuple[int, list[Array]]] = deque()
+    in_transfer_bytes = 0
+    for index, shards in started:
+        waiting.append((index, shards))
+        in_transfer_bytes += sum(shard.nbytes for shard in shards if isinstance(shard, jax.Array))
+        while in_transfer_bytes > _IN_TRANSFER_BYTES:
+            in_transfer_bytes -= sum(shard.nbytes for shard in waiting[0][1] if isinstance(shard, jax.Array))
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def _detach(shard: Array) -> Array:
+    """Returns another array over the same device memory: the host copy that JAX keeps with an array goes with it."""
+    if not isinstance(shard, jax.Array):
+        return shard
+    return (jax.random.key_data(shard) if _is_key(shard) else shard).addressable_data(0)
 
 
 def _copy_all(arrays: list[Array]) -> list[Array]:
