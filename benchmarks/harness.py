@@ -32,7 +32,7 @@ from peers import BASELINE, PEERS, Peer
 from workloads import Workload
 
 HERE = Path(__file__).parent
-FINAL_NAME = re.compile(r"(\d+)(\.\w+)*")
+FINAL_NAME = re.compile(r"(\d+)(\.\w+)?")
 MEMORY_INTERVAL_SECONDS = 0.02
 NAME_INTERVAL_SECONDS = 0.005
 TREE_INTERVAL_SECONDS = 0.5

@@ -252,7 +252,7 @@ def read_cpu_seconds() -> float:
 
 def newest_checkpoint_bytes(directory: Path) -> int:
     """Returns the bytes of files in the entry of `directory` with the highest step."""
-    steps = {int(name): entry for entry in directory.iterdir() if (name := entry.name.split(".")[0]).isdigit()}
+    steps = {int(entry.stem): entry for entry in directory.iterdir() if entry.stem.isdigit()}
     if not steps:
         return 0
     newest = steps[max(steps)]

@@ -148,13 +148,13 @@ int write_at(int fd, const void *data, size_t n, off_t offset, size_t block_byte
     return atomic_load(&job.error);
 }
 
-int rename_exchange(const char *first, const char *second)
+int rename_exchange(int directory, const char *first, const char *second)
 {
 #ifdef SYS_renameat2
-    enum { AT_WORKING_DIRECTORY = -100, EXCHANGE = 2 }; /* AT_FDCWD, RENAME_EXCHANGE */
-    return syscall(SYS_renameat2, AT_WORKING_DIRECTORY, first, AT_WORKING_DIRECTORY, second, EXCHANGE) ? errno : 0;
+    enum { EXCHANGE = 2 }; /* RENAME_EXCHANGE */
+    return syscall(SYS_renameat2, directory, first, directory, second, EXCHANGE) ? errno : 0;
 #else
-    (void)first, (void)second;
+    (void)directory, (void)first, (void)second;
     return ENOSYS;
 #endif
 }

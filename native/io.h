@@ -12,7 +12,8 @@ int prefault(void *data, size_t n, unsigned threads);
  * short writes. Returns 0 or the errno value of the first failure; what was written by then is unspecified. */
 int write_at(int fd, const void *data, size_t n, off_t offset, size_t block_bytes, unsigned threads);
 
-/* Swaps two paths atomically. Returns 0 or an errno value; ENOSYS where the system cannot. */
-int rename_exchange(const char *first, const char *second);
+/* Swaps two paths atomically; relative ones begin at the descriptor `directory`, or at the working directory if that is
+ * AT_FDCWD. Returns 0 or an errno value; ENOSYS where the system cannot. */
+int rename_exchange(int directory, const char *first, const char *second);
 
 #endif

@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,7 @@
 #include "cpu.h"
 #include "crc32c.h"
 #include "exit.h"
+#include "finite.h"
 #include "io.h"
 #include "pool.h"
 
@@ -165,6 +167,57 @@ out:
     return result;
 }
 
+/* Returns the ranges in a buffer (free() them), or NULL with an exception; a copy, as for entries. */
+static struct float_range *read_ranges(const Py_buffer *buffer, size_t *count)
+{
+    size_t size = (size_t)buffer->len;
+    if (size % sizeof(struct float_range)) {
+        PyErr_Format(PyExc_ValueError, "ranges: expected a multiple of %zu bytes, found %zu",
+                     sizeof(struct float_range), size);
+        return NULL;
+    }
+    struct float_range *ranges = malloc(size + 1);
+    if (ranges == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    memcpy(ranges, buffer->buf, size);
+    *count = size / sizeof *ranges;
+    return ranges;
+}
+
+static PyObject *native_count_nonfinite(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"data", "ranges", NULL};
+    Py_buffer data = {0}, buffer = {0};
+    struct float_range *ranges;
+    size_t count;
+    uint64_t found = 0;
+    char message[256];
+    int refused;
+    PyObject *result = NULL;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y*y*:count_nonfinite", names, &data, &buffer))
+        return NULL;
+    ranges = read_ranges(&buffer, &count);
+    if (ranges == NULL)
+        goto out;
+    Py_BEGIN_ALLOW_THREADS
+    refused = finite_check(ranges, count, (size_t)data.len, message, sizeof message);
+    if (!refused)
+        found = count_nonfinite(data.buf, ranges, count);
+    Py_END_ALLOW_THREADS
+    if (refused)
+        PyErr_SetString(PyExc_ValueError, message);
+    else
+        result = PyLong_FromUnsignedLongLong(found);
+    free(ranges);
+out:
+    PyBuffer_Release(&buffer);
+    PyBuffer_Release(&data);
+    return result;
+}
+
 static PyObject *native_prefault(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"slot", "threads", NULL};
@@ -226,14 +279,16 @@ static PyObject *native_rename_exchange(PyObject *module, PyObject *args)
 {
     PyObject *first = NULL, *second = NULL;
     PyObject *result = NULL;
+    int directory = AT_FDCWD;
     int error;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O&O&:rename_exchange", PyUnicode_FSConverter, &first, PyUnicode_FSConverter, &second))
+    if (!PyArg_ParseTuple(args, "O&O&|i:rename_exchange", PyUnicode_FSConverter, &first, PyUnicode_FSConverter,
+                          &second, &directory))
         return NULL;
     const char *first_path = PyBytes_AsString(first);
     const char *second_path = PyBytes_AsString(second);
     Py_BEGIN_ALLOW_THREADS
-    error = rename_exchange(first_path, second_path);
+    error = rename_exchange(directory, first_path, second_path);
     Py_END_ALLOW_THREADS
     if (error) {
         errno = error;
@@ -284,12 +339,14 @@ static PyMethodDef methods[] = {
      PyDoc_STR("gather(sources, entries, slot, threads)\n--\n\nCopies ranges of many buffers into one slot.")},
     {"crc32c", WITH_KEYWORDS(native_crc32c),
      PyDoc_STR("crc32c(data, crc=0)\n--\n\nReturns the CRC-32C of data, continuing from crc.")},
+    {"count_nonfinite", WITH_KEYWORDS(native_count_nonfinite),
+     PyDoc_STR("count_nonfinite(data, ranges)\n--\n\nCounts the elements that are NaN or infinite.")},
     {"prefault", WITH_KEYWORDS(native_prefault),
      PyDoc_STR("prefault(slot, threads)\n--\n\nMakes all pages of the slot present without changing a byte.")},
     {"write_at", WITH_KEYWORDS(native_write_at),
      PyDoc_STR("write_at(fd, data, offset, block_bytes, threads)\n--\n\nWrites all of data at offset of fd.")},
     {"rename_exchange", native_rename_exchange, METH_VARARGS,
-     PyDoc_STR("rename_exchange(first, second, /)\n--\n\nSwaps two paths atomically.")},
+     PyDoc_STR("rename_exchange(first, second, directory=AT_FDCWD, /)\n--\n\nSwaps two paths atomically.")},
     {"claim", native_claim, METH_VARARGS,
      PyDoc_STR("claim(cell, number, /)\n--\n\nReplaces number by 0 in the cell, and returns whether it was there.")},
     {"fail_exit", native_fail_exit, METH_NOARGS,

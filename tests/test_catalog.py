@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 
-from offstep.catalog import is_committed, latest_step, leftovers, list_steps
+from offstep.catalog import is_committed, latest_step, leftovers, list_steps, replaced
+from offstep.manifest import FileRecord, build
 
 Commit = Callable[[object], Path]
 
@@ -65,13 +66,43 @@ def test_step_without_a_marker_is_not_committed(tmp_path: Path, commit: Commit, 
     commit(1)
     (commit(2) / marker).unlink()
     assert list_steps(tmp_path / "ckpts") == [1]
-    assert latest_step(tmp_path / "ckpts") == 1
+    with pytest.warns(RuntimeWarning, match=rf"ckpts/2 is no whole checkpoint and is passed over: {marker} is missing"):
+        assert latest_step(tmp_path / "ckpts") == 1
 
 
 @pytest.mark.parametrize("size_bytes", [0, 3, 7, 11, 12, -1])
 def test_truncated_manifest_is_not_committed(commit: Commit, manifest: bytes, size_bytes: int) -> None:
     checkpoint = commit(1)
     (checkpoint / "pytree" / "manifest.ocdbt").write_bytes(manifest[:size_bytes])
+    assert not is_committed(checkpoint)
+
+
+def record(checkpoint: Path, **sizes: int) -> None:
+    records = {name: FileRecord(size) for name, size in sizes.items()}
+    (checkpoint / "offstep.json").write_bytes(build({"step": 1}, records, 0))
+
+
+def test_a_newest_step_with_a_file_cut_short_or_missing_is_passed_over_and_named(
+    tmp_path: Path, commit: Commit
+) -> None:
+    for step, content in [(1, b"whole"), (2, b"cut"), (3, None)]:
+        checkpoint = commit(step)
+        record(checkpoint, data=5)
+        if content is not None:
+            (checkpoint / "data").write_bytes(content)
+    assert list_steps(tmp_path / "ckpts") == [1]
+    with pytest.warns(RuntimeWarning) as warned:
+        assert latest_step(tmp_path / "ckpts") == 1
+    faults = ["data is missing", "data has 3 bytes, expected 5"]
+    assert [str(warning.message).partition("passed over: ")[2] for warning in warned] == faults
+
+
+def test_a_step_with_a_damaged_manifest_of_ours_is_not_committed(commit: Commit) -> None:
+    checkpoint = commit(1)
+    record(checkpoint)
+    assert is_committed(checkpoint)
+    text = (checkpoint / "offstep.json").read_bytes()
+    (checkpoint / "offstep.json").write_bytes(text.replace(b"1", b"2", 1))
     assert not is_committed(checkpoint)
 
 
@@ -101,14 +132,21 @@ def test_root_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         list_steps(tmp_path / "file")
 
 
-def test_leftovers_are_in_progress_names_and_our_trash(tmp_path: Path, commit: Commit) -> None:
+def test_leftovers_are_what_we_have_in_progress_and_our_trash(tmp_path: Path, commit: Commit) -> None:
     commit(4)
-    names = [".offstep-trash-3-ab12", "5.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700"]
-    for name in [*names, "notes.orbax-checkpoint-tmp", "trash", "offstep-trash-1"]:
+    ours = [".offstep-trash-3-ab12", "6.orbax-checkpoint-tmp-offstep-0a1b2c3d-7"]
+    others = ["5.orbax-checkpoint-tmp", "6.orbax-checkpoint-tmp-1700", "notes.orbax-checkpoint-tmp-offstep-0a-7"]
+    for name in [*ours, *others, "trash", "offstep-trash-1"]:
         (tmp_path / "ckpts" / name).mkdir()
-    assert leftovers(tmp_path / "ckpts") == [tmp_path / "ckpts" / name for name in names]
+    assert leftovers(tmp_path / "ckpts") == [tmp_path / "ckpts" / name for name in ours]
+
+
+def test_what_made_room_for_another_is_known_by_the_name_that_it_had(tmp_path: Path) -> None:
+    for name in (".offstep-replaced-12-0a1b2c3d", ".offstep-replaced-notes-0a", ".offstep-replaced-12"):
+        (tmp_path / name).mkdir()
+    assert replaced(tmp_path) == {tmp_path / ".offstep-replaced-12-0a1b2c3d": tmp_path / "12"}
 
 
 def test_catalog_imports_neither_jax_nor_keras() -> None:
-    code = "import sys, offstep.catalog; assert not {'jax', 'keras', 'numpy'} & set(sys.modules)"
+    code = "import sys, offstep.catalog; assert not {'jax', 'keras'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,8 +26,10 @@ from slots import assert_same
 
 import offstep
 from offstep import catalog
+from offstep._native import crc32c
 from offstep.checkpointer import Checkpointer
 from offstep.errors import BudgetExceeded, CheckpointNotFound, SaveFailed, SaveReplaced, SaveTimeout, UnsupportedLeaf
+from offstep.manifest import FileRecord, Manifest, read
 
 
 class Moments(NamedTuple):
@@ -51,6 +53,12 @@ class Layer:
 
 def tree(step: int = 1) -> dict[str, Any]:
     return {"w": jnp.full((4, 3), step, jnp.float32), "b": jnp.full((3,), step, jnp.bfloat16)}
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    manifest = read(checkpoint)
+    assert manifest is not None
+    return manifest
 
 
 @contextmanager
@@ -170,16 +178,47 @@ def test_a_structure_may_change_between_saves(tmp_path: Path) -> None:
             assert_same(checkpointer.restore(step, state), state)
 
 
-def test_the_manifest_says_step_metrics_and_sizes(tmp_path: Path) -> None:
+def test_the_manifest_says_what_the_checkpoint_is_and_covers_every_file(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(np.int64(7), tree(), metrics={"loss": jnp.float32(0.5), "accuracy": np.float64(1.0)})
-    manifest = json.loads((tmp_path / "7/offstep.json").read_text())
-    assert manifest["step"] == 7
-    assert manifest["metrics"] == {"loss": 0.5, "accuracy": 1.0}
-    for name, size in manifest["files"].items():
-        assert (tmp_path / "7" / name).stat().st_size == size
+    manifest = read_manifest(tmp_path / "7")
+    assert (manifest.step, manifest.epoch, manifest.batch, manifest.nonfinite) == (7, None, None, 0)
+    assert manifest.metrics == {"loss": 0.5, "accuracy": 1.0}
+    assert manifest.versions == {"offstep": offstep.__version__, "jax": jax.__version__}
+    assert len(manifest.run) == 8
     written = {str(path.relative_to(tmp_path / "7")) for path in (tmp_path / "7").rglob("*") if path.is_file()}
-    assert set(manifest["files"]) == written - {"offstep.json"}
+    assert set(manifest.files) == written - {"offstep.json"}
+    for name, record in manifest.files.items():
+        content = (tmp_path / "7" / name).read_bytes()
+        assert record == FileRecord(len(content), None if name.startswith("pytree/d/") else crc32c(content)), name
+
+
+def test_metrics_that_are_no_numbers_come_back_as_they_were(tmp_path: Path) -> None:
+    """They were written as bare NaN, which is no JSON."""
+    metrics = {"loss": float("nan"), "worst": float("inf"), "best": -float("inf")}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(7, tree(), metrics=metrics)
+    manifest = read_manifest(tmp_path / "7")
+    assert str(manifest.metrics) == str(metrics)
+    stored = json.loads((tmp_path / "7/offstep.json").read_text())["metrics"]
+    assert stored == {"loss": "NaN", "worst": "Infinity", "best": "-Infinity"}
+
+
+@pytest.mark.parametrize("mode", ["host", "device_copy"])
+def test_values_that_are_not_finite_are_counted(tmp_path: Path, mode: Any) -> None:
+    nan, inf = float("nan"), float("inf")
+    state = {
+        "float32": jnp.array([nan, 1, inf, -inf]),
+        "bfloat16": jnp.full((3, 5), nan, jnp.bfloat16),
+        "float16": jnp.array(inf, jnp.float16),
+        "complex64": jnp.array([complex(nan, inf), 1j], jnp.complex64),
+        "float64": np.array([nan, 1.0]),
+        "int32": jnp.full(4, -1, jnp.int32),
+    }
+    with Checkpointer(tmp_path, snapshot_mode=mode) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.save(2, jax.tree.map(lambda array: array * 0 if array.dtype == "int32" else array, state))
+    assert [read_manifest(tmp_path / str(step)).nonfinite for step in (1, 2)] == [22, 22]
 
 
 # ------------------------------------------------------------------------------------------------- which steps

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from failing_disk import Plan, fail_with, save
 
-from offstep import catalog, commit
+from offstep import catalog, commit, disk, recovery
 from offstep.commit import (
     FILE_IN_PROGRESS_PREFIX,
     IN_PROGRESS_MARK,
@@ -109,6 +111,111 @@ def test_what_an_attempt_with_the_same_tag_left_is_deleted_and_others_stay(tmp_p
         staged.commit()
     assert set(os.listdir(tmp_path)) == {"5", of_another.path.name}
     assert "garbage" not in read_all(tmp_path / "5")
+
+
+def both(content: bytes) -> dict[str, bytes]:
+    return {"file": content, "deep/er/file": content}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_an_older_directory_is_replaced_where_names_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """On NFS the second save of a step failed with EINVAL."""
+    monkeypatch.setattr(disk, "calls", Plan("exchange", fail_with(code), always=True).calls())
+    for content in (b"old", b"new", b"newer"):
+        save(tmp_path / "5", content)
+        assert read_all(tmp_path / "5") == both(content)
+        assert os.listdir(tmp_path) == ["5"]
+
+
+def test_an_older_directory_gets_its_name_back_when_the_new_one_cannot_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "5", b"old")
+    rename = Plan("rename", fail_with(errno.EIO), nth=2).calls().rename
+    exchange = Plan("exchange", fail_with(errno.EINVAL)).calls().exchange
+    monkeypatch.setattr(disk, "calls", disk.Calls(rename=rename, exchange=exchange))
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path / "5", b"new")
+    assert read_all(tmp_path / "5") == both(b"old")
+    assert os.listdir(tmp_path) == ["5"]
+
+
+def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "5", b"old")
+    monkeypatch.setattr(disk, "calls", Plan("exchange", fail_with(errno.EIO)).calls())
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path / "5", b"new")
+    assert read_all(tmp_path / "5") == both(b"old")
+    assert os.listdir(tmp_path) == ["5"]
+
+
+@pytest.mark.parametrize("point", ["make_directory", "create", "write", "fsync_file", "fsync_directory"])
+def test_each_call_before_the_new_name_that_fails_leaves_the_older_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    save(tmp_path / "5", b"old")
+    counting = Plan("any", fail_with(errno.EIO), nth=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "calls", counting.calls())
+        save(tmp_path / "5", b"old")
+    assert counting.counts[point] >= 2
+    for nth in range(1, counting.counts[point] + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "calls", Plan(point, fail_with(errno.EIO), nth=nth).calls())
+            with pytest.raises(OSError, match="Input/output error"):
+                save(tmp_path / "5", b"new")
+        assert read_all(tmp_path / "5") == both(b"old")
+        assert os.listdir(tmp_path) == ["5"]
+
+
+def test_a_parent_that_cannot_be_fsynced_is_an_error_and_nothing_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "5", b"old")
+    monkeypatch.setattr(disk, "calls", Plan("fsync_parent", fail_with(errno.EIO)).calls())
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path / "5", b"new")
+    [other] = catalog.leftovers(tmp_path)
+    assert [read_all(tmp_path / "5"), read_all(other)] == [both(b"new"), both(b"old")]
+
+
+KILLED = """
+import errno, sys
+from dataclasses import replace
+from pathlib import Path
+from failing_disk import Plan, die, fail_with, save
+from offstep import disk
+disk.calls = Plan("any", die, nth=int(sys.argv[1])).calls()
+if sys.argv[2] == "False":
+    disk.calls = replace(disk.calls, exchange=Plan("exchange", fail_with(errno.EINVAL), always=True).calls().exchange)
+save(Path(sys.argv[3]), b"new")
+"""
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_killed_at_any_call_the_old_or_the_new_directory_is_there_whole(tmp_path: Path, can_exchange: bool) -> None:
+    """Without an exchange there is a moment between two names; recovery gives the old one back."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    contents = []
+    for nth in range(1, 100):
+        root = tmp_path / str(nth)
+        root.mkdir()
+        save(root / "5", b"old")
+        command = [sys.executable, "-c", KILLED, str(nth), str(can_exchange), str(root / "5")]
+        done = subprocess.run(command, env=environment, check=False)
+        recovery.recover(root)
+        assert os.listdir(root) == ["5"]
+        contents.append((root / "5/file").read_bytes())
+        assert read_all(root / "5") == both(contents[-1])
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    turned = contents.index(b"new")
+    assert 10 < turned < len(contents) - 1
+    assert contents == [b"old"] * turned + [b"new"] * (len(contents) - turned)
 
 
 def test_a_file_in_the_place_of_a_checkpoint_is_refused_and_stays(tmp_path: Path) -> None:
@@ -244,6 +351,53 @@ def test_a_probe_makes_the_directory_and_nothing_in_it(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run/deep") == []
 
 
+def test_a_link_planted_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    elsewhere.mkdir()
+    root.mkdir()
+    (root / f"5{commit.OUR_MARK}run-1").symlink_to(elsewhere)
+    with StagedDirectory(root / "5", tag="run-1") as staged:
+        staged.write(SMALL)
+        staged.commit()
+    assert os.listdir(elsewhere) == []
+    assert os.listdir(root) == ["5"]
+
+
+@pytest.mark.parametrize("name", ["link", "link/file", "deep/link", "deep/link/file"])
+def test_a_link_planted_inside_the_staged_directory_is_not_followed(tmp_path: Path, name: str) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    elsewhere.mkdir()
+    root.mkdir()
+    with StagedDirectory(root / "5") as staged:
+        staged.write({"deep/file": (b"x",)})
+        planted = staged.path / name.removesuffix("/file")
+        planted.symlink_to(elsewhere / "mine")
+        with pytest.raises(FileExistsError):
+            staged.write({name: (b"x",)})
+    assert os.listdir(elsewhere) == []
+
+
+def test_a_parent_exchanged_for_a_link_in_the_middle_of_a_save_redirects_nothing(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    elsewhere.mkdir()
+    root.mkdir()
+    with StagedDirectory(root / "5") as staged:
+        root.rename(tmp_path / "moved")
+        root.symlink_to(elsewhere)
+        staged.write(SMALL)
+        staged.commit()
+    assert os.listdir(elsewhere) == []
+    assert set(read_all(tmp_path / "moved/5")) == set(SMALL)
+
+
+def test_a_private_checkpoint_is_for_its_owner_only(tmp_path: Path) -> None:
+    with StagedDirectory(tmp_path / "5", private=True) as staged:
+        staged.write(SMALL | {"large": (bytes(MB),)})
+        staged.commit()
+    for path in [tmp_path / "5", *(tmp_path / "5").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
 def test_a_root_behind_a_link_is_used(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -310,11 +464,12 @@ def test_everything_is_fsynced_before_the_rename_and_the_parent_before_the_train
     renamed = next(i for i, (call, text) in enumerate(events) if call.startswith("rename") and IN_PROGRESS_MARK in text)
     staged = re.search(rf'"([^"]*{IN_PROGRESS_MARK}[^"]*)"', events[renamed][1])
     assert staged is not None
+    temporary = root / staged[1]  # names are relative to the descriptor of the root
     before = {path for call, path in events[:renamed] if call == "fsync"}
     checkpoint = root / "7"
     expected = [checkpoint, *checkpoint.rglob("*")]
     assert len(expected) > 10
-    assert {str(path).replace(str(checkpoint), staged[1], 1) for path in expected} <= before
+    assert {str(path).replace(str(checkpoint), str(temporary), 1) for path in expected} <= before
     told = next(i for i, (call, text) in enumerate(events) if call == "sendto" and "durable_at" in text)
     assert ("fsync", str(root)) in events[renamed:told]
 

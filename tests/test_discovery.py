@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from slots import save_arrays
 
 import offstep
 from offstep import Checkpointer, ModelCheckpoint
+from offstep.manifest import build
 
 
 def save_steps(root: Path, metrics: dict[int, float | None]) -> None:
     for step, value in metrics.items():
         path = save_arrays(root, step, {("w",): np.full(3, step)})
-        manifest = {"step": step, "metrics": {} if value is None else {"val_loss": value, "val_accuracy": -value}}
-        (path / "offstep.json").write_text(json.dumps(manifest))
+        about = {"step": step, "metrics": {} if value is None else {"val_loss": value, "val_accuracy": -value}}
+        (path / "offstep.json").write_bytes(build(about, {}, 0))
 
 
 def truncate(step: Path) -> None:

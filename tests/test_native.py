@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -354,6 +355,18 @@ def test_rename_exchange_swaps_a_directory_and_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_rename_exchange_swaps_names_in_an_open_directory(tmp_path: Path) -> None:
+    (tmp_path / "first").write_text("1")
+    (tmp_path / "second").write_text("2")
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        _native.rename_exchange("first", "second", directory)
+    finally:
+        os.close(directory)
+    assert [(tmp_path / name).read_text() for name in ("first", "second")] == ["2", "1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_rename_exchange_names_the_paths_when_it_fails(tmp_path: Path) -> None:
     present, missing = tmp_path / "present", tmp_path / "missing"
     present.touch()
@@ -362,6 +375,28 @@ def test_rename_exchange_names_the_paths_when_it_fails(tmp_path: Path) -> None:
         _native.rename_exchange(str(present), str(missing))
     with pytest.raises(ValueError, match="null"):
         _native.rename_exchange("a\0b", "c")
+
+
+RANGE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("kind", "<u4"), ("reserved", "<u4")])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), list(enumerate(["float16", "bfloat16", "float32", "float64"])))
+def test_nan_and_infinity_are_counted_in_every_kind(kind: int, dtype: str) -> None:
+    random = np.random.default_rng(kind)
+    values = random.normal(size=70_001).astype(getattr(ml_dtypes, dtype, dtype))
+    places = random.choice(len(values), 3000, replace=False)
+    values[places] = random.choice([np.nan, -np.nan, np.inf, -np.inf], len(places)).astype(values.dtype)
+    data = b"x" + values.tobytes()
+    ranges = np.array([(1, values.nbytes, kind, 0), (1, 0, kind, 0)], RANGE)
+    assert _native.count_nonfinite(data, ranges.data) == len(places)
+
+
+def test_ranges_to_count_in_are_checked() -> None:
+    for bad in [(0, 9, 2, 0), (8, 8, 2, 0), (0, 8, 4, 0), (0, 8, 2, 1), (2**64 - 1, 4, 2, 0)]:
+        with pytest.raises(ValueError, match="range 1: expected"):
+            _native.count_nonfinite(bytes(12), np.array([(0, 8, 3, 0), bad], RANGE).data)
+    with pytest.raises(ValueError, match="expected a multiple of 24 bytes, found 5"):
+        _native.count_nonfinite(bytes(12), b"12345")
 
 
 def test_cpu_features_are_words() -> None:

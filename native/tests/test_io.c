@@ -92,7 +92,7 @@ static void exchanged_paths_swap_their_contents(void)
     int fd = open(second, O_WRONLY | O_CREAT, 0600);
     CHECK(fd >= 0);
     close(fd);
-    int error = rename_exchange(first, second);
+    int error = rename_exchange(AT_FDCWD, first, second);
     if (error == ENOSYS || error == EINVAL) {
         fprintf(stderr, "SKIPPED: no RENAME_EXCHANGE here\n");
         return;
@@ -101,7 +101,7 @@ static void exchanged_paths_swap_their_contents(void)
     struct stat status;
     CHECK(stat(second, &status) == 0 && S_ISDIR(status.st_mode));
     CHECK(stat(first, &status) == 0 && S_ISREG(status.st_mode));
-    CHECK(rename_exchange(first, in_directory("none")) == ENOENT);
+    CHECK(rename_exchange(AT_FDCWD, first, in_directory("none")) == ENOENT);
 }
 
 static void remove_directory(void)

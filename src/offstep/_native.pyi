@@ -43,6 +43,18 @@ def gather(sources: Sequence[int], entries: _Readable, slot: _Writable, threads:
 def crc32c(data: _Readable, crc: int = 0) -> int:
     """Returns the CRC-32C (RFC 3720; zarr3's `crc32c` codec) of `data`, continuing from `crc`."""
 
+def count_nonfinite(data: _Readable, ranges: _Readable) -> int:
+    """Returns how many elements in some ranges of `data` are NaN or infinite.
+
+    `ranges` is a packed array of 24-byte structs; `kind` is 0 for float16, 1 for bfloat16, 2 for float32, 3 for
+    float64, little-endian and at any offset; with NumPy:
+
+        RANGE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("kind", "<u4"), ("reserved", "<u4")])
+
+    Raises:
+        ValueError: a range leaves the data, or does not hold whole elements of a known kind.
+    """
+
 def prefault(slot: _Writable, threads: int) -> None:
     """Makes all pages of the slot present, in huge pages where the system grants them; changes no byte.
 
@@ -60,9 +72,12 @@ def write_at(fd: int, data: _Readable, offset: int, block_bytes: int, threads: i
     """
 
 def rename_exchange(
-    first: str | bytes | PathLike[str] | PathLike[bytes], second: str | bytes | PathLike[str] | PathLike[bytes], /
+    first: str | bytes | PathLike[str] | PathLike[bytes],
+    second: str | bytes | PathLike[str] | PathLike[bytes],
+    directory: int = ...,
+    /,
 ) -> None:
-    """Swaps two paths atomically.
+    """Swaps two paths atomically; relative ones begin at the descriptor `directory`, else at the working directory.
 
     Raises:
         OSError: with `errno.ENOSYS` or `errno.EINVAL` where system or file system cannot.

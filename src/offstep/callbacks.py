@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,6 +340,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             "epoch": epoch + 1,
             "batch": None if batch is None else batch + 1,
             "metrics": _plain_numbers(logs or {}),
+            "versions": {"keras": keras.__version__, "jax": version("jax")},
         }
         fields = self._fields(epoch, batch, logs)
         siblings = self._list_siblings()

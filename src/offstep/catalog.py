@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import struct
+import warnings
 from pathlib import Path
 
+from offstep import manifest
+from offstep.commit import OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
+
 COMMIT_MARKERS = ("_CHECKPOINT_METADATA", "pytree/manifest.ocdbt")
-TRASH_PREFIX = ".offstep-trash-"
 
 # Leading zeros are refused: the path of a step must follow from its number.
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
-_IN_PROGRESS_NAME = re.compile(r"(0|[1-9][0-9]*)\.orbax-checkpoint-tmp.*", re.DOTALL)
+_IN_PROGRESS_NAME = re.compile(rf"(0|[1-9][0-9]*){re.escape(OUR_MARK)}[0-9a-f-]+")
+_REPLACED_NAME = re.compile(rf"{re.escape(REPLACED_PREFIX)}(?P<final>0|[1-9][0-9]*)-[0-9a-f]+")
 
 # https://google.github.io/tensorstore/kvstore/ocdbt/: the magic (big-endian), then the manifest's own length
 # (little-endian), which tells a truncated one.
@@ -21,18 +25,30 @@ _MANIFEST_LENGTH = struct.Struct("<Q")
 
 
 def list_steps(root: os.PathLike[str] | str) -> list[int]:
-    """Returns the steps that are committed in `root`, in ascending order; none where there is no `root`."""
-    return [step for step in _named_steps(Path(root)) if is_committed(Path(root, str(step)))]
+    """Returns the steps that are committed in `root` and whole, in ascending order; none where there is no `root`."""
+    return [step for step in named_steps(root) if is_committed(Path(root, str(step)))]
 
 
 def latest_step(root: os.PathLike[str] | str) -> int | None:
-    """Returns the greatest step that is committed in `root`."""
-    candidates = reversed(_named_steps(Path(root)))
-    return next((step for step in candidates if is_committed(Path(root, str(step)))), None)
+    """Returns the greatest step that is committed in `root` and whole; a newer one that is not is warned of."""
+    for step in reversed(named_steps(root)):
+        checkpoint = Path(root, str(step))
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return step
+        if checkpoint.is_dir():
+            text = f"{checkpoint} is no whole checkpoint and is passed over: {fault}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return None
+
+
+def named_steps(root: os.PathLike[str] | str) -> list[int]:
+    """Returns the steps that have a name in `root`, whole or not, in ascending order."""
+    return sorted(int(name) for name in _list_names(Path(root)) if _STEP_NAME.fullmatch(name))
 
 
 def leftovers(root: os.PathLike[str] | str) -> list[Path]:
-    """Returns what is in progress or in the trash in `root`, sorted by name.
+    """Returns what we have in progress or in the trash in `root`, sorted by name; Orbax's own is not among it.
 
     A live writer's work is among it: whoever sweeps must know that there is none.
     """
@@ -43,14 +59,41 @@ def leftovers(root: os.PathLike[str] | str) -> list[Path]:
     )
 
 
+def replaced(root: os.PathLike[str] | str) -> dict[Path, Path]:
+    """Returns the checkpoints in `root` that made room for a newer one, each with the name that it had."""
+    found = ((name, _REPLACED_NAME.fullmatch(name)) for name in sorted(_list_names(Path(root))))
+    return {Path(root, name): Path(root, match["final"]) for name, match in found if match is not None}
+
+
 def is_committed(checkpoint: Path) -> bool:
-    """Returns whether the directory holds the commit markers and a whole manifest; the arrays are not looked at."""
-    metadata, manifest = (checkpoint / marker for marker in COMMIT_MARKERS)
-    return metadata.is_file() and _is_whole_manifest(manifest)
+    """Returns whether the directory is a committed checkpoint whose files have their sizes; contents are not read."""
+    return find_fault(checkpoint) is None
 
 
-def _named_steps(root: Path) -> list[int]:
-    return sorted(int(name) for name in _list_names(root) if _STEP_NAME.fullmatch(name))
+def find_fault(checkpoint: Path) -> str | None:
+    """Says what keeps a directory from being a whole checkpoint: a marker, or a file that its manifest promises.
+
+    Only `verify` looks at the contents. A checkpoint without a manifest, such as stock Orbax writes, needs the markers.
+    """
+    for marker in COMMIT_MARKERS:
+        if not (checkpoint / marker).is_file():
+            return f"{marker} is missing"
+    if not _is_whole_manifest(checkpoint / COMMIT_MARKERS[1]):
+        return f"{COMMIT_MARKERS[1]} is cut short, or none"
+    try:
+        written = manifest.read(checkpoint)
+    except ValueError as error:
+        return f"{manifest.MANIFEST_NAME}: {error}"
+    files = {} if written is None else written.files
+    return next(filter(None, (_compare_size(checkpoint, name, record.size) for name, record in files.items())), None)
+
+
+def _compare_size(checkpoint: Path, name: str, expected: int) -> str | None:
+    try:
+        size = os.stat(checkpoint / name).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    return None if size == expected else f"{name} has {size} bytes, expected {expected}"
 
 
 def _list_names(root: Path) -> list[str]:

@@ -127,7 +127,8 @@ class Checkpointer:
             self._open(tree, arrays)
             self._treedef = treedef
         target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
-        return self._engine.save(arrays, step, lambda _: target, manifest={"metrics": numbers})
+        about = {"metrics": numbers, "versions": {"jax": jax.__version__}}
+        return self._engine.save(arrays, step, lambda _: target, manifest=about)
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until everything saved so far is durable.

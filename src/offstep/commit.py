@@ -6,38 +6,37 @@ every file and of every directory, rename, fsync of the parent. Nothing is durab
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
-import mmap
 import os
 import secrets
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from offstep import _native
+from offstep import disk, parts
+from offstep.parts import Parts
 
 IN_PROGRESS_MARK = ".orbax-checkpoint-tmp"
 """Orbax's own mark of a directory that is being written; its scanners skip such names."""
+
+OUR_MARK = f"{IN_PROGRESS_MARK}-offstep-"
+"""Tells our temporary names from Orbax's own."""
 
 FILE_IN_PROGRESS_PREFIX = ".offstep-tmp-"
 """Begins the name of a single file that is being written: hidden, and without the suffix of its format."""
 
 TRASH_PREFIX = ".offstep-trash-"
+"""Begins the name of what is to be deleted."""
 
-Parts = Sequence[bytes | memoryview]
-"""Contents of one file, to be concatenated."""
+REPLACED_PREFIX = ".offstep-replaced-"
+"""Begins the name of an older checkpoint while a newer one takes its name, where the two cannot be exchanged."""
 
-_BLOCK_BYTES = 8 << 20
-_ALIGNMENT = 4096
-_DIRECT_FROM_BYTES = 1 << 20
 _SYNC_THREADS = 8
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # what the user named may be a link
+_DIRECTORY_FLAGS = _FOLDER_FLAGS | os.O_NOFOLLOW
+_CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # NFS, some FUSE file systems, old kernels
 
 
 def make_root(root: Path) -> None:
@@ -83,7 +82,10 @@ class KnownFile:
 
 def identify(path: Path) -> KnownFile:
     """Returns what tells the file at `path`, which is no link, from all others."""
-    found = path.lstat()
+    return _identify(path, path.lstat())
+
+
+def _identify(path: Path, found: os.stat_result) -> KnownFile:
     return KnownFile(path, found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns))
 
 
@@ -91,35 +93,45 @@ class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 
     Use it as a context manager: what has not been committed when the block ends is deleted, and what a commit replaced.
+    Everything is created relative to descriptors of directories, never through a link.
 
     Args:
         final: Where `commit` will put it; the parent exists.
         tag: Ends the temporary name; what an earlier attempt with this tag left behind is deleted.
+        private: Nobody but the owner may read it.
 
     Raises:
         NotADirectoryError: a file is where the checkpoint shall go.
     """
 
-    def __init__(self, final: Path, *, tag: str | None = None) -> None:
+    def __init__(self, final: Path, *, tag: str | None = None, private: bool = False) -> None:
         if final.exists() and not final.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file is where the checkpoint shall go", str(final))
         self.final = final
-        self.path = final.with_name(f"{final.name}{IN_PROGRESS_MARK}-{tag or secrets.token_hex(4)}")
-        if tag is not None:
-            _delete(self.path)
-        self.path.mkdir()
-        self._directories = {self.path}
-        self._descriptors: list[int] = []  # open until synced: an error of writing back is told to these
-        self._is_disposable = True  # whether what lies under the temporary name may go
+        self.path = final.with_name(f"{final.name}{OUR_MARK}{tag or secrets.token_hex(8)}")
+        self._file_mode, self._directory_mode = (0o600, 0o700) if private else (0o666, 0o777)
+        self._files: list[int] = []  # open until synced: an error of writing back is told to these
+        self._directories: dict[str, int] = {}  # descriptors by relative path
+        self._disposable: str | None = self.path.name  # what may go when the block ends
+        self._parent = os.open(final.parent, _FOLDER_FLAGS)
+        try:
+            if tag is not None:
+                disk.calls.delete(self.path.name, self._parent)
+            self._directories[""] = self._make_directory(self.path.name, self._parent)
+        except BaseException:
+            os.close(self._parent)
+            raise
 
     def __enter__(self) -> StagedDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors:
+        for descriptor in (*self._files, *self._directories.values()):
             os.close(descriptor)
-        if self._is_disposable:
-            _delete(self.path, ignore_errors=True)
+        if self._disposable is not None:
+            with contextlib.suppress(OSError):  # the next start sweeps what is left
+                disk.calls.delete(self._disposable, self._parent)
+        os.close(self._parent)
 
     def write(self, files: Mapping[str, Parts], *, io_threads: int = 1) -> dict[str, int]:
         """Writes new files and returns their sizes in bytes.
@@ -133,12 +145,12 @@ class StagedDirectory:
             OSError: the first failure.
         """
         sizes = {}
-        for name, parts in files.items():
-            path = self.path / name
-            self._make_directories(path.parent)
-            descriptor = _create(path, parts)
-            self._descriptors.append(descriptor)
-            sizes[name] = _write_parts(descriptor, parts, io_threads)
+        for path, content in files.items():
+            directory, _, name = path.rpartition("/")
+            above = self._open_directory(directory)
+            descriptor = parts.create(name, self._file_mode, above, direct=parts.is_large(content))
+            self._files.append(descriptor)
+            sizes[path] = parts.write_parts(descriptor, content, io_threads)
         return sizes
 
     def link(self, name: str, file: KnownFile) -> int:
@@ -151,39 +163,63 @@ class StagedDirectory:
         Raises:
             OSError: it is gone, or is another file by now, or the file system cannot link it to here.
         """
-        path = self.path / name
-        self._make_directories(path.parent)
-        os.link(file.path, path, follow_symlinks=False)
-        linked = identify(path)
+        directory, _, own = name.rpartition("/")
+        above = self._open_directory(directory)
+        disk.calls.link(str(file.path), own, above)
+        linked = _identify(file.path, os.lstat(own, dir_fd=above))
         if linked.identity != file.identity:
-            path.unlink()
+            disk.calls.delete(own, above)
             raise FileNotFoundError(errno.ENOENT, "the file has been replaced", str(file.path))
         return linked.size_bytes
 
     def commit(self) -> None:
         """Makes everything written durable under the final name; an older directory of that name goes away.
 
+        Where the file system cannot exchange two names, the older directory is renamed first. For that moment nothing
+        has the final name; `recovery.recover` gives it back if this process ends there.
+
         Raises:
             OSError: it is not durable; the older directory is still there.
         """
-        directories = [os.open(path, _DIRECTORY_FLAGS) for path in self._directories]
-        self._descriptors += directories
-        _sync_all(self._descriptors)
-        if os.path.lexists(self.final):
-            _native.rename_exchange(self.path, self.final)
-            self._is_disposable = False
-            sync_directory(self.final.parent)
-            self._is_disposable = True  # it is the older directory now
+        calls = disk.calls
+        tasks = [(calls.fsync_file, file) for file in self._files]
+        _sync_all(tasks + [(calls.fsync_directory, directory) for directory in self._directories.values()])
+        replaced = None
+        if _is_there(self.final.name, self._parent):
+            replaced = self._replace()
         else:
-            self.path.rename(self.final)
-            self._is_disposable = False
-            sync_directory(self.final.parent)
+            calls.rename(self.path.name, self.final.name, self._parent)
+        self._disposable = None  # until the new name is durable both must stay
+        calls.fsync_parent(self._parent)
+        self._disposable = replaced
 
-    def _make_directories(self, directory: Path) -> None:
-        if directory not in self._directories:
-            self._make_directories(directory.parent)
-            directory.mkdir()
-            self._directories.add(directory)
+    def _replace(self) -> str:
+        """Gives the final name to the new directory, and returns the name that the older one has now."""
+        staged, final = self.path.name, self.final.name
+        try:
+            disk.calls.exchange(staged, final, self._parent)
+            return staged
+        except OSError as error:
+            if error.errno not in _CANNOT_EXCHANGE:
+                raise
+        aside = f"{REPLACED_PREFIX}{final}-{secrets.token_hex(4)}"
+        disk.calls.rename(final, aside, self._parent)
+        try:
+            disk.calls.rename(staged, final, self._parent)
+        except OSError:
+            disk.calls.rename(aside, final, self._parent)
+            raise
+        return aside
+
+    def _open_directory(self, path: str) -> int:
+        if path not in self._directories:
+            above, _, name = path.rpartition("/")
+            self._directories[path] = self._make_directory(name, self._open_directory(above))
+        return self._directories[path]
+
+    def _make_directory(self, name: str, above: int) -> int:
+        disk.calls.make_directory(name, self._directory_mode, above)
+        return os.open(name, _DIRECTORY_FLAGS, dir_fd=above)
 
 
 class StagedFile:
@@ -195,29 +231,38 @@ class StagedFile:
         final: Where `commit` will put it; the parent exists.
         size_bytes: What it will measure.
         tag: Ends the temporary name; what an earlier attempt with this tag left behind is deleted.
+        private: Nobody but the owner may read it.
 
     Raises:
         IsADirectoryError: a directory is where the file shall go.
     """
 
-    def __init__(self, final: Path, *, size_bytes: int, tag: str | None = None) -> None:
+    def __init__(self, final: Path, *, size_bytes: int, tag: str | None = None, private: bool = False) -> None:
         if final.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a directory is where the file shall go", str(final))
         self.final = final
-        self.path = final.with_name(f"{FILE_IN_PROGRESS_PREFIX}{tag or secrets.token_hex(4)}")
+        self.path = final.with_name(f"{FILE_IN_PROGRESS_PREFIX}{tag or secrets.token_hex(8)}")
         self._size_bytes = size_bytes
-        if tag is not None:
-            self.path.unlink(missing_ok=True)
-        self._descriptor = _open_new(self.path, direct=size_bytes >= _DIRECT_FROM_BYTES)
         self._is_ours = True  # whether the temporary name is still there to be deleted
+        self._parent = os.open(final.parent, _FOLDER_FLAGS)
+        try:
+            if tag is not None:
+                disk.calls.delete(self.path.name, self._parent)
+            is_large = size_bytes >= parts.DIRECT_FROM_BYTES
+            self._file = parts.create(self.path.name, 0o600 if private else 0o666, self._parent, direct=is_large)
+        except BaseException:
+            os.close(self._parent)
+            raise
 
     def __enter__(self) -> StagedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        os.close(self._file)
         if self._is_ours:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next start sweeps what is left
+                disk.calls.delete(self.path.name, self._parent)
+        os.close(self._parent)
 
     def write(self, content: bytes | memoryview, offset: int, *, io_threads: int = 1) -> None:
         """Puts `content` at `offset`, a multiple of 4096.
@@ -228,19 +273,7 @@ class StagedFile:
         Raises:
             OSError: the first failure.
         """
-        try:
-            self._write(content, offset, io_threads)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)  # O_DIRECT refused: through the page cache then
-            self._write(content, offset, io_threads)
-
-    def _write(self, content: bytes | memoryview, offset: int, io_threads: int) -> None:
-        if isinstance(content, memoryview) and _is_whole_pages(content):
-            _native.write_at(self._descriptor, content, offset, _BLOCK_BYTES, io_threads)
-        elif content:
-            _write_padded(self._descriptor, content, offset)
+        parts.write_piece(self._file, content, offset, io_threads)
 
     def commit(self) -> None:
         """Makes what was written durable under the final name, in place of an older file.
@@ -248,129 +281,74 @@ class StagedFile:
         Raises:
             OSError: it is not durable; an older file is still there, whole.
         """
-        os.ftruncate(self._descriptor, self._size_bytes)
-        os.fsync(self._descriptor)
-        os.replace(self.path, self.final)
+        calls = disk.calls
+        calls.truncate(self._file, self._size_bytes)
+        calls.fsync_file(self._file)
+        calls.rename(self.path.name, self.final.name, self._parent)
         self._is_ours = False
-        sync_directory(self.final.parent)
+        calls.fsync_parent(self._parent)
 
 
 def remove_file(path: Path) -> None:
     """Takes a checkpoint that is a file away, durably."""
-    path.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with _opened(path.parent) as parent:
+        disk.calls.delete(path.name, parent)
+        disk.calls.fsync_parent(parent)
 
 
-def remove_directory(directory: Path) -> None:
+def remove_directory(path: Path) -> None:
     """Takes a checkpoint away: it leaves its name durably first, and is deleted after that."""
-    trash = directory.with_name(f"{TRASH_PREFIX}{directory.name}-{secrets.token_hex(4)}")
-    directory.rename(trash)
-    sync_directory(trash.parent)
-    _delete(trash)
+    with _opened(path.parent) as parent:
+        trash = f"{TRASH_PREFIX}{path.name}-{secrets.token_hex(4)}"
+        disk.calls.rename(path.name, trash, parent)
+        disk.calls.fsync_parent(parent)
+        disk.calls.delete(trash, parent)
 
 
-def _sync_all(descriptors: Sequence[int]) -> None:
+def delete(path: Path) -> None:
+    """Deletes what is no checkpoint: leftovers, and files of ours that hold none."""
+    with _opened(path.parent) as parent:
+        disk.calls.delete(path.name, parent)
+
+
+def put_back(replaced: Path, final: Path) -> None:
+    """Gives a checkpoint that was renamed to make room its name back, durably."""
+    with _opened(final.parent) as parent:
+        disk.calls.rename(replaced.name, final.name, parent)
+        disk.calls.fsync_parent(parent)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, _FOLDER_FLAGS)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_there(name: str, directory: int) -> bool:
+    try:
+        os.lstat(name, dir_fd=directory)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _sync_all(tasks: Sequence[tuple[Callable[[int], None], int]]) -> None:
     # Concurrent fsyncs share one journal commit: 1.5 ms for 18 of them, where one after another took 32 ms.
     futures = []
     with ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="offstep-fsync") as pool:
-        for descriptor in descriptors:
+        for sync, descriptor in tasks:
             try:
-                futures.append(pool.submit(os.fsync, descriptor))
+                futures.append(pool.submit(sync, descriptor))
             except RuntimeError:  # a thread that writes while the interpreter ends can start no others
-                os.fsync(descriptor)
+                sync(descriptor)
     for future in futures:
         future.result()
 
 
 def sync_directory(directory: Path) -> None:
     """Fsyncs one directory: without it a new name in it may be lost in a power cut."""
-    descriptor = os.open(directory, _DIRECTORY_FLAGS)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _delete(path: Path, *, ignore_errors: bool = False) -> None:
-    """Deletes a directory, or a link to one but not what it links to; that there is none is no error."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-
-
-def _create(path: Path, parts: Parts) -> int:
-    return _open_new(path, direct=_is_large(parts))
-
-
-def _open_new(path: Path, *, direct: bool) -> int:
-    flag = getattr(os, "O_DIRECT", 0) if direct else 0
-    try:
-        return os.open(path, _CREATE_FLAGS | flag, 0o666)
-    except OSError as error:
-        if not flag or error.errno != errno.EINVAL:
-            raise
-    return os.open(path, _CREATE_FLAGS & ~os.O_EXCL, 0o666)  # O_DIRECT refused: the first open made the file
-
-
-def _is_large(parts: Parts) -> bool:
-    """Returns whether enough of the first parts can be written with O_DIRECT, which wants page-aligned memory."""
-    return sum(len(part) for part in _take_pages(parts)) >= _DIRECT_FROM_BYTES
-
-
-def _take_pages(parts: Parts) -> list[memoryview]:
-    """Returns the first parts that are whole pages of memory maps."""
-    pages = []
-    for part in parts:
-        if not isinstance(part, memoryview) or not _is_whole_pages(part):
-            break
-        pages.append(part)
-    return pages
-
-
-def _is_whole_pages(view: memoryview) -> bool:
-    if not isinstance(view.obj, mmap.mmap) or view.nbytes % _ALIGNMENT or not view.nbytes:
-        return False
-    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-    return address % _ALIGNMENT == 0
-
-
-def _write_parts(descriptor: int, parts: Parts, io_threads: int) -> int:
-    """Writes the parts one after another and returns the size of the file."""
-    size = sum(len(part) for part in parts)
-    if not _is_large(parts):
-        _native.write_at(descriptor, b"".join(parts), 0, _BLOCK_BYTES, 1)
-        return size
-    try:
-        _write_large(descriptor, parts, io_threads)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        # A file system with larger blocks than ours, or a short write: through the page cache then.
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
-        _write_large(descriptor, parts, io_threads)
-    return size
-
-
-def _write_large(descriptor: int, parts: Parts, io_threads: int) -> None:
-    pages = _take_pages(parts)
-    offset = 0
-    for part in pages:
-        _native.write_at(descriptor, part, offset, _BLOCK_BYTES, io_threads)
-        offset += len(part)
-    tail = b"".join(parts[len(pages) :])
-    if tail:
-        _write_tail(descriptor, tail, offset)
-
-
-def _write_tail(descriptor: int, tail: bytes, offset: int) -> None:
-    """Appends `tail` with page-aligned writes, then cuts the padding off."""
-    _write_padded(descriptor, tail, offset)
-    os.ftruncate(descriptor, offset + len(tail))
-
-
-def _write_padded(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    padded_bytes = -(-len(content) // _ALIGNMENT) * _ALIGNMENT
-    with mmap.mmap(-1, padded_bytes) as page_aligned:
-        page_aligned[: len(content)] = content
-        _native.write_at(descriptor, page_aligned, offset, _BLOCK_BYTES, 1)
+    with _opened(directory) as descriptor:
+        disk.calls.fsync_parent(descriptor)

@@ -129,7 +129,9 @@ def is_checkpoint(path: Path) -> bool:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Returns what looks like committed checkpoints in a directory, newest first."""
-    steps = [directory / str(step) for step in reversed(catalog.list_steps(directory))]
+    # Damaged ones too: whoever opens them says so.
+    steps = [directory / str(step) for step in reversed(catalog.named_steps(directory))]
+    steps = [step for step in steps if step.is_dir()]
     if steps:
         return steps
     found: list[tuple[int, Path]] = []

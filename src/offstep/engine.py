@@ -342,7 +342,7 @@ class Engine:
             replace_all=target.replace_all,
             siblings=target.siblings,
             file_bytes=None if content is None else len(content),
-            manifest=work.manifest | {"step": step},
+            manifest=work.manifest | {"step": step, "run": work.opened.writer.run},
             full_every=self._options.full_every,
             retry_seconds=self._options.retry_seconds,
         )

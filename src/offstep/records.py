@@ -144,7 +144,7 @@ class Job:
         siblings: Other files that this run has saved by the same template, oldest first; of those that are there, the
             newest `keep - 1` stay.
         file_bytes: Size of the file, where the trainer has made it and the slot holds nothing else.
-        manifest: What `offstep.json` shall say beside sizes: epoch, batch, metrics, ...
+        manifest: What `offstep.json` shall say beside the files: see `manifest.build`.
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
         retry_seconds: How long to try again after a failure that may pass.
     """

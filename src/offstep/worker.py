@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offstep import catalog, commit, retention
+from offstep import catalog, commit, recovery, retention
 from offstep.buffers import Claim, Slot
 from offstep.formats import FORMATS
 from offstep.records import Job, Plan
@@ -33,7 +33,8 @@ PROCESS_NICENESS = 5
 
 @dataclass
 class _Holdings:
-    """What the trainer has handed over: slots by number, with their claims, prepared plans by number.
+    """What the trainer has handed over: slots by number, with their claims, prepared plans by number;
+    and the roots seen so far.
 
     In place of a plan that could not be prepared there is the error, for the jobs that need it.
     """
@@ -41,6 +42,7 @@ class _Holdings:
     slots: dict[int, mmap.mmap] = field(default_factory=dict)
     claims: dict[int, Claim] = field(default_factory=dict)
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
+    roots: set[str] = field(default_factory=set)
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -124,6 +126,7 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
     remarks = []
     try:
+        _look_after(job.root, holdings)
         plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
         written_bytes, remark = retry(lambda: _write(job, plan, slot), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
@@ -146,6 +149,13 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
     return answer
+
+
+def _look_after(root: str, holdings: _Holdings) -> None:
+    """At the first job for a root, gives names back that a writer which was killed had taken away for a moment."""
+    if root not in holdings.roots and Path(root).is_dir():
+        recovery.put_back_replaced(Path(root))
+        holdings.roots.add(root)
 
 
 def _write(job: Job, prepared: Any, slot: mmap.mmap) -> int:

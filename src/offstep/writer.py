@@ -35,7 +35,10 @@ HELLO_SECONDS = 60.0
 
 _MAX_ATTEMPTS = 3
 _LAST_BREATH_SECONDS = 1.0
-_START = "import sys; sys.path[:] = {path!r}; from offstep.worker import main; main()"
+_START = "import sys; sys.path[:] = {path!r}; from {entry} import main; main()"
+
+entry = "offstep.worker"
+"""The module whose `main` a writer process runs. Tests have one of their own, whose disk fails."""
 
 
 @dataclass
@@ -84,6 +87,11 @@ class Writer:
     def pid(self) -> int | None:
         """Process id of the running writer process, else `None`."""
         return self._process.pid if self._process else None
+
+    @property
+    def run(self) -> str:
+        """Names the run in the manifests."""
+        return self._run
 
     def start(self) -> None:
         """Starts the writer, if it is not running; returns before it is ready."""
@@ -303,7 +311,7 @@ class Writer:
             return "the path of the Python interpreter is not known"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(path=sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", _START.format(path=sys.path, entry=entry), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

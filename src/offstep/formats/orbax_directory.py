@@ -20,6 +20,7 @@ from typing import Any
 
 from offstep._native import crc32c
 from offstep.errors import UnsupportedLeaf
+from offstep.finiteness import float_table
 from offstep.formats.base_file import BaseFile, Run, Split, frozen_layouts
 from offstep.formats.ocdbt import BASE_FILE, OWN_FILE, Entry, PreparedDatabase, SlotRange, prepare_database
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
@@ -82,6 +83,7 @@ class PreparedDirectory:
     Attributes:
         base: Remembers which frozen leaves are written already; `None` when no leaf is frozen.
         spread: The state's item as the last split has it.
+        float_table: Where in a slot the floating leaves lie; see `finiteness`.
     """
 
     items: tuple[str, ...]
@@ -91,6 +93,7 @@ class PreparedDirectory:
     assets_image: bytes
     base: BaseFile | None = None
     spread: dict[tuple[Run, ...], _ArrayItem] = field(default_factory=dict)
+    float_table: bytes = b""
 
 
 def check_leaves(leaves: Iterable[Leaf]) -> None:
@@ -131,7 +134,8 @@ def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
         files[f"{_ASSETS}/_METADATA"] = _encode_tree(assets_plan)
         assets = _prepare_item(_ASSETS, assets_plan)
     base = BaseFile(plan) if frozen_layouts(plan) else None
-    return PreparedDirectory(tuple(sorted(items)), files, _prepare_item(_STATE, plan), assets, image, base)
+    state = _prepare_item(_STATE, plan)
+    return PreparedDirectory(tuple(sorted(items)), files, state, assets, image, base, float_table=float_table(plan))
 
 
 def base_path(split: Split) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offstep import commit
+from offstep import commit, manifest
 from offstep.buffers import make_plan
+from offstep.finiteness import counted_beside
 from offstep.formats import orbax_directory
 from offstep.formats.base_file import BaseFile, Split
+from offstep.manifest import FileRecord
 from offstep.records import Job, Leaf, PathKey, Plan
 
-MANIFEST_NAME = "offstep.json"
 _IO_THREADS = 2
 
 
@@ -46,14 +46,17 @@ def write(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap
     target = Path(job.target)
     commit.make_root(Path(job.root))
     with commit.StagedDirectory(target, tag=job.tag) as staged, memoryview(slot) as view:
-        split, linked = _split(staged, job, prepared.base, view)
-        files = orbax_directory.data_files(
-            prepared, view, step=job.step, target=job.target, now_ns=time.time_ns(), split=split
-        )
-        sizes = staged.write(files, io_threads=_IO_THREADS)
-        del files  # they refer to the slot
-        manifest = json.dumps(job.manifest | {"files": sizes | linked}).encode()
-        sizes |= staged.write({MANIFEST_NAME: (manifest,)})
+        with counted_beside(view, prepared.float_table) as nonfinite:
+            split, linked = _split(staged, job, prepared.base, view)
+            files = orbax_directory.data_files(
+                prepared, view, step=job.step, target=job.target, now_ns=time.time_ns(), split=split
+            )
+            records = manifest.record_files(files)
+            sizes = staged.write(files, io_threads=_IO_THREADS)
+            del files  # they refer to the slot
+        records |= {name: FileRecord(size) for name, size in linked.items()}
+        text = manifest.build(job.manifest, records, nonfinite())
+        sizes |= staged.write({manifest.MANIFEST_NAME: (text,)})
         staged.commit()
     if prepared.base is not None and split is not None:
         file = None if split.base is None else commit.identify(target / orbax_directory.base_path(split))
