@@ -144,9 +144,10 @@ def restore_once(workload: str, peer: str, directory: Path) -> dict[str, Any]:
     import keras  # noqa: F401  # imports are not what is measured
 
     if "offstep" in peer:
-        import offstep.keras_restore  # noqa: F401
+        import offstep.keras_restore
+        import offstep.restoration  # noqa: F401
     else:
-        import orbax.checkpoint.v1  # noqa: F401
+        from orbax.checkpoint import v1  # noqa: F401
     model = make_model(workload)
     restore = PEERS[peer]
     seconds = []

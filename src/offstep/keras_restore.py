@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from offstep import keras_state
 from offstep.errors import StructureMismatch
 from offstep.keras_file_paths import find_file_paths
 from offstep.keras_rebuild import GROUPS, list_layers, list_variables
 from offstep.matching import OPTIMIZER_GROUP, Path, TargetLeaf
-from offstep.placement import Array, Destination, describe_destination
+from offstep.placement import (
+    Array,
+    Destination,
+    can_be_overwritten,
+    describe_destination,
+    open_memory,
+    renew,
+)
 from offstep.stored import Contents, StoredLeaf
 
 Model = Any  # Keras carries no types
@@ -37,6 +48,15 @@ class ModelTarget:
     def describe(self, number: int) -> Destination:
         """Returns how to make the array of one leaf."""
         return describe_destination(keras_state.value_of(self.variables[number]))
+
+    def open_memory(self, number: int) -> np.ndarray | None:
+        """Returns the memory of one leaf's value for writing, where nobody else has it; it must be filled at once."""
+        variable = self.variables[number]
+        if not _is_sole_owner(variable) or not can_be_overwritten(variable._value):
+            return None
+        renewed = renew(variable._value)
+        _assign(variable, renewed)
+        return open_memory(renewed)
 
     def assign(self, number: int, array: Array) -> None:
         """Makes an array of the right shape and dtype the value of one leaf; the old one is let go."""
@@ -89,6 +109,19 @@ def _describe(variable: Variable, group: str) -> TargetLeaf:
 def _dtype_name(variable: Variable) -> str:
     name: str = getattr(variable, "_dtype", None) or variable.dtype  # the public one depends on the scope
     return str(name)
+
+
+def _count_references(owner: Any) -> int:  # a variable
+    value = vars(owner)["_value"]
+    return sys.getrefcount(value)
+
+
+_SOLE_REFERENCES = _count_references(SimpleNamespace(_value=object()))
+
+
+def _is_sole_owner(variable: Variable) -> bool:
+    """Returns whether nothing but the variable refers to its value, which may then be given up."""
+    return "_value" in getattr(variable, "__dict__", {}) and _count_references(variable) == _SOLE_REFERENCES
 
 
 def _assign(variable: Variable, array: Array) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -28,9 +30,19 @@ from offstep.matching import (
     rename_leaves,
 )
 from offstep.matching import Path as LeafPath
-from offstep.placement import Array, Destination, describe_destination, place
+from offstep.placement import (
+    Array,
+    Destination,
+    choose_overwritten,
+    describe_destination,
+    place,
+    split_batches,
+)
 from offstep.records import PathKey
 from offstep.stored import Contents, Reader, Region, StoredLeaf
+
+if TYPE_CHECKING:
+    from offstep.keras_restore import ModelTarget
 
 Tree = Any  # any pytree, or a Keras model
 
@@ -110,13 +122,9 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    reader = open_newest(Path(path), verify=True)
-    try:
-        is_model = _is_model(target)
-        restored = _restore_model if is_model else _restore_tree
+    with _collector_paused(), closing(open_newest(Path(path), verify=True)) as reader:
+        restored = _restore_model if _is_model(target) else _restore_tree
         return restored(target, reader, _Wishes(partial, rename, strict, cast, threads))
-    finally:
-        reader.close()
 
 
 def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS) -> np.ndarray:
@@ -132,12 +140,9 @@ def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS
         KeyError: there is no such leaf, or several; the message lists similar ones.
         CheckpointNotFound, UnsupportedFormat, CheckpointDamaged: see `restore`.
     """
-    reader = open_newest(Path(path), verify=False)
-    try:
+    with closing(open_newest(Path(path), verify=False)) as reader:
         found = _find_leaf(reader.contents.leaves, leaf, reader.path)
         return reader.read([Region(found)], threads)[0]
-    finally:
-        reader.close()
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,18 @@ def _check_arguments(partial: object, rename: object, threads: object) -> None:
         raise ValueError(f"threads must be an integer of at least 1. Received: {threads!r}")
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of leaves set off a collection that walks all of Keras: 100 ms, and none of it is garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _is_model(target: object) -> bool:
     keras = sys.modules.get("keras")  # whoever has a model has imported it
     return keras is not None and isinstance(target, keras.Model)
@@ -174,19 +191,34 @@ def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport
     stored = keras_restore.name_leaves(target, reader.contents)
     matching = _match(rename_leaves(stored, wishes.rename), target.leaves, wishes, reader.contents, target.find_names)
     _check(matching, target.leaves, reader, wishes)
-    done: list[int] = []
-    pairs = [(leaf, target.describe(number)) for number, leaf in matching.pairs]
+    done = 0
     try:
-        for placed in place(reader, pairs, wishes.threads):
-            for at, array in placed:
-                target.assign(matching.pairs[at][0], array)
-                done.append(matching.pairs[at][0])
+        for count in _fill(target, reader, matching.pairs, wishes.threads):
+            done += count
     except Exception as error:
         if done:
-            error.add_note(f"{len(done)} of {len(pairs)} leaves had been restored: the model is a mixture now.")
+            error.add_note(f"{done} of {len(matching.pairs)} leaves had been restored: the model is a mixture now.")
         raise
     target.finish()
     return _report(reader, matching, target.leaves)
+
+
+def _fill(target: ModelTarget, reader: Reader, pairs: Sequence[tuple[int, StoredLeaf]], threads: int) -> Iterator[int]:
+    """Puts the leaves into the model, step by step; yields how many each step restored."""
+    large = choose_overwritten([(leaf, target.leaves[number].dtype) for number, leaf in pairs])
+    is_large = frozenset(large)
+    others = [pair for at, pair in enumerate(pairs) if at not in is_large]
+    for batch in split_batches([pairs[at][1] for at in large]):
+        chosen = [pairs[large[at]] for at in batch]
+        memories = [target.open_memory(number) for number, _ in chosen]
+        others += [pair for pair, memory in zip(chosen, memories, strict=True) if memory is None]
+        regions = [Region(leaf) for (_, leaf), memory in zip(chosen, memories, strict=True) if memory is not None]
+        reader.read(regions, threads, [memory for memory in memories if memory is not None])
+        yield len(regions)
+    for placed in place(reader, [(leaf, target.describe(number)) for number, leaf in others], threads):
+        for at, array in placed:
+            target.assign(others[at][0], array)
+        yield len(placed)
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------

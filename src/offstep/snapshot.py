@@ -99,7 +99,7 @@ class Snapshotter:
         self._dtypes = [_dtype(array) for array in arrays]
         self._shardings = [getattr(array, "sharding", None) for array in arrays]
         self._shards = [_distinct_shards(layout.leaf, array) for layout, array in zip(plan.leaves, arrays, strict=True)]
-        self._has_pointers = [_can_be_pointed_at(array) for array in arrays]
+        self._has_pointers = [can_be_pointed_at(array) for array in arrays]
         self._device_copies = [
             (indices, jax.jit(_copy_all, out_shardings=[self._shardings[index] for index in indices]))
             for indices in _group_by_devices(arrays)
@@ -312,7 +312,7 @@ def _devices_in_order(sharding: jax.sharding.Sharding) -> object:
     return frozenset(sharding.device_set)
 
 
-def _can_be_pointed_at(array: Array) -> bool:
+def can_be_pointed_at(array: Array) -> bool:
     """Returns whether the array's shards are plain row-major memory of this host."""
     if not isinstance(array, jax.Array) or _is_key(array):
         return False

@@ -92,10 +92,13 @@ class Reader(Protocol):
     path: Path
     contents: Contents
 
-    def read(self, regions: Sequence[Region], threads: int) -> list[np.ndarray]:
+    def read(
+        self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns the regions as C-contiguous arrays, checking every checksum there is.
 
-        The arrays may be views of shared memory, which lives as long as one of them.
+        The arrays are those of `into`, of the right shape and dtype, if given. Else they may be views of shared
+        memory, which lives as long as one of them.
 
         Raises:
             CheckpointDamaged: naming the leaf.

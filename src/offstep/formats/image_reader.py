@@ -22,11 +22,9 @@ import numpy as np
 from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
 from offstep.formats.ocdbt_index import FileRange, Index, UnknownLayout
+from offstep.host_memory import make_array
 from offstep.records import CRC_BYTES
 from offstep.stored import Region, StoredLeaf, as_dtype
-
-ALIGNMENT = 64
-"""Of the memory of whole arrays, which lets XLA take them as they are."""
 
 _RUN_BYTES = 4 << 20
 _RUN_GAP_BYTES = 4096
@@ -121,15 +119,21 @@ class ImageReader:
             os.close(descriptor)
         self._descriptors = {}
 
-    def read(self, wanted: Sequence[tuple[str, Region]], threads: int) -> list[np.ndarray]:
+    def read(
+        self, wanted: Sequence[tuple[str, Region]], threads: int, into: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns regions of the named arrays; see `stored.Reader.read`."""
         pieces: list[_Piece] = []
         results: list[np.ndarray] = []
         for number, (name, region) in enumerate(wanted):
             found = list(self._pieces(name, region, number))
             pieces += found
-            is_view = len(found) == 1 and found[0].cut is None
-            results.append(_NOTHING if is_view else aligned_empty(region.shape, as_dtype(region.leaf.dtype)))
+            if into is not None:
+                results.append(into[number])
+            elif len(found) == 1 and found[0].cut is None:
+                results.append(_NOTHING)  # to be replaced by a view of what is read
+            else:
+                results.append(make_array(region.shape, as_dtype(region.leaf.dtype)))
         run_all(lambda run: self._fetch(run, results), _group(pieces), threads)
         return results
 
@@ -180,23 +184,22 @@ class ImageReader:
 
     def _fetch(self, run: list[_Piece], results: list[np.ndarray]) -> None:
         """Fills the regions of neighbouring chunks. Any thread; no two runs share a part of a region."""
-        if len(run) == 1 and run[0].cut is not None:
-            part = results[run[0].number][run[0].cut.target]
+        if len(run) == 1 and results[run[0].number] is not _NOTHING:
+            part = _part(results, run[0])
             if part.flags.c_contiguous and _is_leading(run[0]):
                 self._read_into(part, run[0])
                 return
         for piece, chunk in self._load(run):
-            if piece.cut is None:
+            if results[piece.number] is _NOTHING:
                 results[piece.number] = chunk
             else:
-                results[piece.number][piece.cut.target] = chunk[piece.cut.source]
+                _part(results, piece)[...] = chunk if piece.cut is None else chunk[piece.cut.source]
 
     def _load(self, run: list[_Piece]) -> Iterator[tuple[_Piece, np.ndarray]]:
         """Reads neighbouring chunks at once and yields each after checking it."""
         start, stop = run[0].offset, run[-1].offset + run[-1].size
-        # Chunks lie on multiples of 64 in the file: they shall do so in memory too.
-        memory = aligned_empty((stop - start,), np.dtype(np.uint8), phase=start % ALIGNMENT)
-        self._read_fully(run[0], [memory], start)
+        memory = make_array((stop - start,), np.dtype(np.uint8))  # chunks lie on multiples of 64 in the file
+        self._read_fully(run[0], memory, start)
         for piece in run:
             raw = memory[piece.offset - start : piece.offset - start + piece.size]
             body, checksum = raw[:-CRC_BYTES], raw[-CRC_BYTES:]
@@ -206,38 +209,43 @@ class ImageReader:
     def _read_into(self, part: np.ndarray, piece: _Piece) -> None:
         """Reads a chunk to where it belongs; what pads it is checked and dropped."""
         body = part.reshape(-1).view(np.uint8)
-        rest = np.empty(piece.size - body.nbytes, np.uint8)
-        self._read_fully(piece, [body, rest], piece.offset)
-        crc = crc32c(rest[:-CRC_BYTES], crc32c(body))
-        self._compare(piece, crc, rest[-CRC_BYTES:].tobytes())
+        crc = self._read_blocks(piece, body, 0, 0)
+        padding = np.empty(piece.size - CRC_BYTES - body.nbytes, np.uint8)
+        crc = self._read_blocks(piece, padding, body.nbytes, crc)
+        self._compare(piece, crc, self._read_checksum(piece))
+
+    def _read_blocks(self, piece: _Piece, target: np.ndarray, start: int, crc: int) -> int:
+        """Reads bytes of a chunk from `start` on and returns their checksum, taken while they are in the cache."""
+        for at in range(0, target.nbytes, _BLOCK_BYTES):
+            block = target[at : at + _BLOCK_BYTES]
+            self._read_fully(piece, block, piece.offset + start + at)
+            crc = crc32c(block, crc)
+        return crc
+
+    def _read_checksum(self, piece: _Piece) -> bytes:
+        checksum = np.empty(CRC_BYTES, np.uint8)
+        self._read_fully(piece, checksum, piece.offset + piece.size - CRC_BYTES)
+        return checksum.tobytes()
 
     def _check(self, run: list[_Piece]) -> None:
         if len(run) > 1:
             for _ in self._load(run):
                 pass
             return
-        piece = run[0]
-        block = np.empty(min(_BLOCK_BYTES, piece.size), np.uint8)
-        crc = 0
-        for at in range(0, piece.size - CRC_BYTES, _BLOCK_BYTES):
-            part = block[: min(_BLOCK_BYTES, piece.size - CRC_BYTES - at)]
-            self._read_fully(piece, [part], piece.offset + at)
-            crc = crc32c(part, crc)
-        checksum = np.empty(CRC_BYTES, np.uint8)
-        self._read_fully(piece, [checksum], piece.offset + piece.size - CRC_BYTES)
-        self._compare(piece, crc, checksum.tobytes())
+        [piece] = run
+        block = np.empty(_BLOCK_BYTES, np.uint8)
+        body_bytes, crc = piece.size - CRC_BYTES, 0
+        for at in range(0, body_bytes, _BLOCK_BYTES):
+            crc = self._read_blocks(piece, block[: min(_BLOCK_BYTES, body_bytes - at)], at, crc)
+        self._compare(piece, crc, self._read_checksum(piece))
 
-    def _read_fully(self, piece: _Piece, buffers: list[np.ndarray], offset: int) -> None:
-        pending = [buffer.data for buffer in buffers if buffer.nbytes]
-        while pending:
-            count = os.preadv(self._descriptors[piece.file], pending, offset)
+    def _read_fully(self, piece: _Piece, target: np.ndarray, offset: int) -> None:
+        pending = target.data
+        while pending.nbytes:
+            count = os.preadv(self._descriptors[piece.file], [pending], offset)
             if count == 0:
                 raise CheckpointDamaged(f"{piece.leaf.name}: {self._database / piece.file} ends within it")
-            offset += count
-            while pending and count >= pending[0].nbytes:
-                count -= pending.pop(0).nbytes
-            if pending:
-                pending[0] = pending[0][count:]
+            pending, offset = pending[count:], offset + count
 
     def _compare(self, piece: _Piece, crc: int, stored: bytes) -> None:
         if crc != int.from_bytes(stored, "little"):
@@ -248,14 +256,6 @@ class ImageReader:
 
 
 _NOTHING = np.empty(0, np.uint8)
-
-
-def aligned_empty(shape: Sequence[int], dtype: np.dtype, *, phase: int = 0) -> np.ndarray:
-    """Returns an array without values whose memory starts `phase` bytes behind a multiple of `ALIGNMENT`."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 2 * ALIGNMENT, np.uint8)
-    start = (phase - memory.ctypes.data) % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def run_all(task: Callable[[list[_Piece]], None], runs: Sequence[list[_Piece]], threads: int) -> None:
@@ -305,9 +305,16 @@ def _cut(position: tuple[int, ...], axes: Sequence[tuple[tuple[int, int], int]])
     return _Cut(tuple(source), tuple(target))
 
 
+def _part(results: Sequence[np.ndarray], piece: _Piece) -> np.ndarray:
+    """Returns the view of its region that a chunk fills; of an array without axes too."""
+    result = results[piece.number]
+    return result if piece.cut is None or not piece.cut.target else result[piece.cut.target]
+
+
 def _is_leading(piece: _Piece) -> bool:
     """Returns whether what is wanted of a chunk are the first bytes of it."""
-    assert piece.cut is not None
+    if piece.cut is None:
+        return True
     is_first = True  # along the axes so far, one row is wanted
     for part, size in zip(piece.cut.source, piece.chunk_shape, strict=True):
         if part.start != 0 or (part.stop != size and not is_first):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
+from offstep.host_memory import copy_into
 from offstep.stored import Contents, Region, StoredLeaf, as_dtype
 
 SUFFIXES = (".weights.h5", ".keras")
@@ -59,9 +60,12 @@ class KerasReader:
         kind = "keras_weights" if self._archive is None else "keras_archive"
         self.contents = Contents(kind, leaves, False, self._read_manifest())
 
-    def read(self, regions: Sequence[Region], threads: int) -> list[np.ndarray]:
+    def read(
+        self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns the regions; see `stored.Reader`. HDF5 reads with one thread."""
-        return [self._read_one(region) for region in regions]
+        found = [self._read_one(region) for region in regions]
+        return found if into is None else copy_into(into, found)
 
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
         """Checks the archive's checksum; a `.weights.h5` has none, so that only its reading is tried."""

@@ -69,9 +69,11 @@ class OrbaxReader:
         """Whether the arrays are read without TensorStore."""
         return isinstance(self._arrays, ImageReader)
 
-    def read(self, regions: Sequence[Region], threads: int) -> list[np.ndarray]:
+    def read(
+        self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns the regions; see `stored.Reader`."""
-        return self._arrays.read([(self._names[region.leaf.path], region) for region in regions], threads)
+        return self._arrays.read([(self._names[region.leaf.path], region) for region in regions], threads, into)
 
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
         """Checks the checksums of leaves; see `stored.Reader`."""

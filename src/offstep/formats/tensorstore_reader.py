@@ -10,6 +10,7 @@ import numpy as np
 
 from offstep.errors import CheckpointDamaged
 from offstep.formats.image_reader import ChunkedArray
+from offstep.host_memory import copy_into
 from offstep.stored import Region, StoredLeaf
 
 
@@ -40,16 +41,19 @@ class TensorStoreReader:
         }
         self._item = item
 
-    def read(self, wanted: Sequence[tuple[str, Region]], threads: int) -> list[np.ndarray]:
+    def read(
+        self, wanted: Sequence[tuple[str, Region]], threads: int, into: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns regions of the named arrays; see `stored.Reader.read`. TensorStore has threads of its own."""
         futures = []
         for name, region in wanted:
             box = tuple(slice(start, stop) for start, stop in region.box)
             futures.append(self._stores[name][box].read(order="C"))
-        return [
+        found = [
             np.ascontiguousarray(_wait(future, region.leaf.name, self._item)).reshape(region.shape)
             for future, (_, region) in zip(futures, wanted, strict=True)
         ]
+        return found if into is None else copy_into(into, found)
 
     def verify(self, names: Sequence[tuple[str, StoredLeaf]], threads: int) -> None:
         """Reads the named arrays, one after another, since that is how TensorStore checks them."""
