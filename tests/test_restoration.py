@@ -194,6 +194,18 @@ def test_a_file_of_stock_keras_is_restored(suffix: str, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in report.restored} >= {"trainable_variables", "optimizer_variables"}
 
 
+def test_a_file_that_a_layer_computes_is_left_to_keras(tmp_path: Path) -> None:
+    keras.utils.clear_session()
+    first, second = zoo.ZOO["adapted_by_low_rank"](), zoo.ZOO["adapted_by_low_rank"]()
+    first.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(StructureMismatch, match=r"can only be restored whole"):
+        offstep.restore(second, tmp_path / "m.weights.h5", partial="dense")
+    report = offstep.restore(second, tmp_path / "m.weights.h5")
+    assert "keras.Model.load_weights has loaded the file" in report.note
+    x = zoo.make_data()[0]
+    assert np.array_equal(first.predict(x, verbose=0), second.predict(x, verbose=0))
+
+
 def test_frozen_weights_are_restored_into_a_model_that_trains_them(tmp_path: Path) -> None:
     first = make_stack("a", "b")
     first.get_layer("a").trainable = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from offstep import keras_state
 from offstep.errors import StructureMismatch
-from offstep.keras_file_paths import find_file_paths
+from offstep.keras_files import plan_file
 from offstep.keras_rebuild import GROUPS, list_layers, list_variables
 from offstep.matching import OPTIMIZER_GROUP, Path, TargetLeaf
 from offstep.placement import (
@@ -83,23 +84,32 @@ def open_model(model: Model, contents: Contents) -> ModelTarget:
         )
     keras_state.attach_values(model)
     optimizer = getattr(model, "optimizer", None)
-    has_state = any(leaf.path[0] in (OPTIMIZER_GROUP, "optimizer") for leaf in contents.leaves)
-    if optimizer is not None and has_state and not optimizer.built:
+    saved = sum(leaf.path[0] in (OPTIMIZER_GROUP, "optimizer") for leaf in contents.leaves)
+    # One that has not trained yet has its counter and its learning rate only, here as in a checkpoint.
+    if optimizer is not None and not optimizer.built and saved > len(optimizer.variables):
         optimizer.build(model.trainable_variables)
     variables = [(v, group) for group in GROUPS for v in list_variables(model, group)]
     leaves = tuple(_describe(variable, group) for variable, group in variables)
     return ModelTarget(model, leaves, tuple(v for v, _ in variables), lambda: keras_state.describe_state(model).paths)
 
 
-def name_leaves(target: ModelTarget, contents: Contents) -> list[tuple[Path, StoredLeaf]]:
-    """Returns the leaves of a checkpoint with the paths that a state of the model gives them."""
+def name_leaves(target: ModelTarget, contents: Contents) -> tuple[list[tuple[Path, StoredLeaf]], str]:
+    """Returns the leaves of a checkpoint with the paths that a state of the model gives them.
+
+    The text says why that cannot be told of a Keras file: a layer of the model computes what it saves.
+    """
     if contents.format == "orbax_directory":
-        return [(leaf.path, leaf) for leaf in contents.leaves]
-    numbers: dict[Path, int] = find_file_paths(target.model, target.variables)
-    return [
-        (target.leaves[numbers[leaf.path]].path if leaf.path in numbers else leaf.path, leaf)
-        for leaf in contents.leaves
-    ]
+        return [(leaf.path, leaf) for leaf in contents.leaves], ""
+    plan = plan_file(target.model)
+    numbers = {tuple(name.split("/")): number for name, number in plan.sources.items()}
+    named = [(leaf.path, numbers.get(tuple(map(str, leaf.path)))) for leaf in contents.leaves]
+    paths = [path if number is None else target.leaves[number].path for path, number in named]
+    return list(zip(paths, contents.leaves, strict=True)), plan.reason
+
+
+def load_by_keras(target: ModelTarget, path: os.PathLike[str]) -> None:
+    """Lets stock Keras load the weights of one of its files."""
+    target.model.load_weights(path)
 
 
 def _describe(variable: Variable, group: str) -> TargetLeaf:

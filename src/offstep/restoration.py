@@ -62,6 +62,7 @@ class RestoreReport:
         by_position: Leaf of the target to that of the checkpoint, where the names differ and the position decided.
         mismatched: Leaf of the target to why its stored one does not fit (only with `strict=False`).
         manifest: What offstep keeps with a checkpoint: step, epoch, batch, metrics, ...; empty for those of others.
+        note: What is to be said beyond that; mostly empty.
         tree: The restored tree, where the target was one.
     """
 
@@ -73,6 +74,7 @@ class RestoreReport:
     by_position: Mapping[str, str] = field(default_factory=dict)
     mismatched: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON
+    note: str = ""
     tree: Tree = field(default=None, repr=False)
 
 
@@ -188,7 +190,9 @@ def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport
     from offstep import keras_restore
 
     target = keras_restore.open_model(model, reader.contents)
-    stored = keras_restore.name_leaves(target, reader.contents)
+    stored, reason = keras_restore.name_leaves(target, reader.contents)
+    if reason:
+        return _leave_to_keras(target, reader, wishes, reason)
     matching = _match(rename_leaves(stored, wishes.rename), target.leaves, wishes, reader.contents, target.find_names)
     _check(matching, target.leaves, reader, wishes)
     done = 0
@@ -201,6 +205,21 @@ def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport
         raise
     target.finish()
     return _report(reader, matching, target.leaves)
+
+
+def _leave_to_keras(target: ModelTarget, reader: Reader, wishes: _Wishes, reason: str) -> RestoreReport:
+    """Restores a file whose datasets only the layers themselves understand."""
+    from offstep import keras_restore
+
+    if wishes.partial is not None or wishes.rename is not None or wishes.cast:
+        raise StructureMismatch(
+            f"{reader.path} can only be restored whole and as it is into this model: {reason}. Leave out partial, "
+            "rename and cast, or restore from a directory that Orbax or offstep wrote."
+        )
+    keras_restore.load_by_keras(target, reader.path)
+    restored = tuple(leaf.name for leaf in target.leaves if not is_forgivable(leaf.path))
+    note = f"keras.Model.load_weights has loaded the file, without a report of what it took: {reason}"
+    return RestoreReport(reader.path, _find_step(reader), restored, manifest=reader.contents.manifest, note=note)
 
 
 def _fill(target: ModelTarget, reader: Reader, pairs: Sequence[tuple[int, StoredLeaf]], threads: int) -> Iterator[int]:
@@ -327,20 +346,21 @@ def _advise(matching: Matching, missing: Sequence[str], left_over: Sequence[str]
 
 
 def _report(reader: Reader, matching: Matching, targets: Sequence[TargetLeaf]) -> RestoreReport:
-    manifest = reader.contents.manifest
-    step = manifest.get("step")
-    if step is None and reader.path.name.isdecimal():
-        step = int(reader.path.name)
     return RestoreReport(
         path=reader.path,
-        step=step,
+        step=_find_step(reader),
         restored=tuple(targets[number].name for number, _ in matching.pairs),
         missing=matching.missing,
         left_over=matching.left_over,
         by_position=matching.by_position,
         mismatched=matching.mismatched,
-        manifest=manifest,
+        manifest=reader.contents.manifest,
     )
+
+
+def _find_step(reader: Reader) -> int | None:
+    step = reader.contents.manifest.get("step")
+    return int(reader.path.name) if step is None and reader.path.name.isdecimal() else step
 
 
 def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Path) -> StoredLeaf:
