@@ -54,7 +54,7 @@ def fit(model: Model, callbacks: Any, **options: Any) -> Any:  # what Keras take
 
 def read_state(model: Model) -> State:
     """Returns copies of the values of all variables of a model that is not within a training step."""
-    return flatten(model.get_state_tree())
+    return flatten(model.get_state_tree(value_format="numpy_array"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> State:

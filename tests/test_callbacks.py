@@ -647,7 +647,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         ("x/{step}", {"save_freq": 1.5}, "Unrecognized save_freq: 1.5"),
         ("x/{step}", {"max_to_keep": 0}, "max_to_keep must be None or an integer of at least 1. Received: 0"),
         ("x/{step}", {"slots": 0}, "slots must be an integer of at least 1. Received: 0"),
-        ("x/{step}", {"on_busy": "drop"}, "on_busy must be 'wait' or 'skip'. Received: 'drop'"),
+        ("x/{step}", {"on_busy": "drop"}, "on_busy must be 'wait', 'skip' or 'latest'. Received: 'drop'"),
         ("x/{step}", {"on_error": "ignore"}, "on_error must be 'raise' or 'warn'. Received: 'ignore'"),
         ("x/{step}", {"memory_budget": 0}, "memory_budget must be a positive number of bytes. Received: 0"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offstep.policy import BatchCounter, TargetKind, Template, format_of, is_improvement, split_target
+from offstep.policy import (
+    BatchCounter,
+    FrequencyUnit,
+    SaveFrequency,
+    Schedule,
+    TargetKind,
+    Template,
+    format_of,
+    is_improvement,
+    parse_save_freq,
+    split_target,
+)
 
 Mode = Literal["min", "max"]
 
@@ -214,3 +225,73 @@ def test_root_quotes_the_filepath_that_the_user_gave() -> None:
 )
 def test_format_follows_from_the_suffix(filepath: str, name: str) -> None:
     assert format_of(filepath) == name
+
+
+# ------------------------------------------------------------------------------------------------ how often
+
+
+@pytest.mark.parametrize(
+    ("save_freq", "count", "unit"),
+    [
+        ("epoch", 1, "epochs"),
+        ("1 epoch", 1, "epochs"),
+        ("5 epochs", 5, "epochs"),
+        ("5epochs", 5, "epochs"),
+        (7, 7, "batches"),
+        ("1 batch", 1, "batches"),
+        ("500 batches", 500, "batches"),
+        (" 500  batches ", 500, "batches"),
+        ("30s", 30.0, "seconds"),
+        ("30 sec", 30.0, "seconds"),
+        ("1 second", 1.0, "seconds"),
+        ("0.5s", 0.5, "seconds"),
+        ("10min", 600.0, "seconds"),
+        ("10 minutes", 600.0, "seconds"),
+        ("2h", 7200.0, "seconds"),
+        ("1.5 hours", 5400.0, "seconds"),
+    ],
+)
+def test_frequency_is_a_number_with_a_unit(save_freq: str | int, count: float, unit: FrequencyUnit) -> None:
+    assert parse_save_freq(save_freq) == SaveFrequency(count, unit)
+
+
+BAD_FREQUENCIES = [
+    "", "epochs", "batch", "5", "0 epochs", "0s", "-5 epochs", "1.5 epochs", "5 weeks", "10m", "inf s", "1e3s",
+    "10 min 5 s", "5 Epochs", "\u0661 epochs", 1.5, None, [3],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("save_freq", BAD_FREQUENCIES)
+def test_frequency_that_is_none_is_refused_in_the_words_of_keras(save_freq: Any) -> None:
+    stock = f"Unrecognized save_freq: {save_freq}. Expected save_freq are 'epoch' or integer values"
+    with pytest.raises(ValueError, match=f"^{re.escape(stock)}, .*{re.escape(f'Received: save_freq={save_freq!r}')}$"):
+        parse_save_freq(save_freq)
+
+
+@pytest.mark.parametrize("save_freq", [0, -3])
+def test_fewer_batches_than_one_are_refused(save_freq: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1 batch. Received: save_freq={save_freq}$"):
+        parse_save_freq(save_freq)
+
+
+@given(every=st.integers(1, 9), epochs=st.integers(0, 40))
+def test_epochs_are_counted_from_one_save_to_the_next(every: int, epochs: int) -> None:
+    schedule = Schedule(SaveFrequency(every, "epochs"), clock=lambda: 0.0)
+    due = [schedule.is_due_after_epoch() for _ in range(epochs)]
+    assert [number for number, is_due in enumerate(due, 1) if is_due] == list(range(every, epochs + 1, every))
+    assert not schedule.is_due_after_batch()
+
+
+@given(every=st.floats(0.5, 100.0), steps=st.lists(st.floats(0.0, 300.0), max_size=40))
+def test_a_time_is_due_at_the_first_batch_after_it_has_passed(every: float, steps: list[float]) -> None:
+    now = 0.0
+    schedule = Schedule(SaveFrequency(every, "seconds"), clock=lambda: now)
+    schedule.begin()
+    last = now
+    for step in steps:
+        now += step
+        schedule.begin()  # as the next `fit` does
+        is_due = schedule.is_due_after_batch()
+        assert is_due == (now - last >= every)
+        last = now if is_due else last
+        assert not schedule.is_due_after_epoch()

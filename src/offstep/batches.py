@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
 
 LOGS_TIMEOUT_SECONDS = 120.0
@@ -118,3 +120,9 @@ class Dispatch:
                     "did a callback listed before this one fail or stall in on_train_batch_end?"
                 )
             return self._notes[batch]
+
+
+def plain_numbers(logs: Logs) -> dict[str, float]:
+    """Returns the entries of the logs that are numbers, as JSON can hold them; other callbacks put anything there."""
+    arrays = {name: np.asarray(value) for name, value in logs.items()}
+    return {name: float(array) for name, array in arrays.items() if array.ndim == 0 and array.dtype.kind in "biuf"}

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
-import numpy as np
 
-from offstep import commit, keras_formats, keras_state, policy
-from offstep.batches import Dispatch, Logs, StepCounter
+from offstep import keras_formats, keras_state
+from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every, check_max_to_keep
+from offstep.destination import Destination
 from offstep.engine import Engine, Target
-from offstep.frequency import Frequency, parse_budget
+from offstep.keras_decisions import DecidingCheckpoint
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
 from offstep.records import SaveStats
 from offstep.reports import Counts
 
-_UNSURE_FILES = 64  # more than can be on their way at once; what fails does not count as kept
+_VERSIONS = {"keras": keras.__version__, "jax": version("jax")}  # read once: it takes longer than a small snapshot
+_BATCH_ENDS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
 
 
-class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
+class ModelCheckpoint(DecidingCheckpoint):
     """Saves a Keras model while it trains, without making the training step wait for the disk.
 
     The arguments up to `initial_value_threshold`, the messages and the decisions are those of
@@ -45,7 +43,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         save_best_only: Save only what is better than everything before.
         save_weights_only: Leave out optimizer, metrics and model configuration.
         mode: `"auto"`, `"min"` or `"max"`.
-        save_freq: `"epoch"`, or a number of batches.
+        save_freq: `"epoch"`, or a number of batches; also `"5 epochs"`, `"500 batches"`, or a time such as `"30s"`,
+            `"10min"`, `"2h"`: then at the end of the first batch after it has passed.
         initial_value_threshold: What the first best has to beat.
         max_to_keep: How many of the newest steps of a directory stay, or of the files that this run saved; `None`
             keeps all.
@@ -65,6 +64,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             often that is and why, and again when it changes.
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
+        clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -72,10 +72,6 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     Example:
         >>> callback = ModelCheckpoint("ckpts/{step}", save_freq=100, max_to_keep=3)
     """
-
-    # Decisions and snapshots happen in hooks that Keras always calls on the training thread. Where its dispatch calls
-    # `on_train_batch_end` from a pool, that hook only takes notes, so this callback need not switch the pool off.
-    async_safe = True
 
     def __init__(
         self,
@@ -100,20 +96,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         full_every: int | None = None,
         overhead_budget: str | float | None = None,
         retry_seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        filepath = os.fspath(filepath)
-        self._format = policy.format_of(filepath, weights_only=save_weights_only)
-        is_directory = self._format == keras_formats.DIRECTORY
-        # Keras's checks know its own files only: for a directory they see a name that suits the other arguments.
+        # Keras's checks know its own files only: they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
-        self._frequency: Frequency | None = None
-        if overhead_budget is not None:
-            self._frequency = Frequency(parse_budget(overhead_budget))
-            if save_freq != "epoch":
-                raise ValueError(f"give save_freq or overhead_budget, not both. Received: {save_freq=}")
-            save_freq = 1
         super().__init__(
-            stand_in if is_directory else filepath,
+            stand_in,
             monitor,
             verbose,
             save_best_only,
@@ -121,11 +109,14 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             mode,
             save_freq,
             initial_value_threshold,
+            overhead_budget=overhead_budget,
+            clock=clock,
         )
-        self.filepath = filepath
-        if save_freq != "epoch" and int(save_freq) < 1:
-            raise ValueError(f"save_freq must be 'epoch' or at least 1 batch. Received: save_freq={save_freq!r}")
         check_max_to_keep(max_to_keep)
+        self._max_to_keep = max_to_keep
+        self.filepath = filepath
+        if self._destination.is_file:
+            keras.callbacks.ModelCheckpoint(self.filepath, save_weights_only=save_weights_only)  # its checks, its words
         check_full_every(full_every, is_skipping=skip_unchanged)
         options = Options(
             slots=slots,
@@ -138,27 +129,38 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             full_every=full_every,
             retry_seconds=retry_seconds,
         )
-        if skip_unchanged and not is_directory:
+        if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
         self._skip_unchanged = skip_unchanged
-        self._template = policy.Template(filepath)
-        root, kind = policy.split_target(self._template)
-        self._root_template, self._holds_one_step = root, kind == "single"
-        if not is_directory:
-            self._root_template = policy.Template(os.path.dirname(filepath) or ".", filepath=filepath)
-        self._max_to_keep = max_to_keep
         self._engine = Engine(options, on_durable=self._say_durable)
-        self._base = self._working_directory = Path()
+        # Snapshots are taken in hooks that Keras always calls on the training thread. Where its dispatch calls
+        # `on_train_batch_end` from a pool, that hook only takes notes, so the pool need not be switched off. The hooks
+        # of a subclass know nothing of that: they are called as those of stock's subclasses are.
+        is_ours = all(getattr(type(self), name) is getattr(ModelCheckpoint, name) for name in _BATCH_ENDS)
+        self.async_safe = is_ours and keras.backend.backend() == "jax"
         self._current_epoch = 0
         self._order: tuple[int, ...] = ()  # which live array each leaf is
         self._iteration_index: int | None = None
-        self._saved: deque[PendingSave] = deque(maxlen=None if max_to_keep is None else max_to_keep + _UNSURE_FILES)
         self._signature: object = None
         self._steps = StepCounter()
         self._is_in_fit = False
         self._as_trained = False
         self._dispatch = Dispatch()
-        self._told: set[str] = set()
+
+    # Keras's constructor sets the filepath before the rest.
+    save_weights_only = False
+    _max_to_keep: int | None = None
+
+    @property
+    def filepath(self) -> str:
+        """The template of the path; another one may be set between two saves."""
+        return self._destination.template.text
+
+    @filepath.setter
+    def filepath(self, filepath: str | os.PathLike[str]) -> None:
+        self._destination = Destination(
+            os.fspath(filepath), weights_only=self.save_weights_only, keep=self._max_to_keep
+        )
 
     # ------------------------------------------------------------------------------------------------- outcomes
 
@@ -184,11 +186,18 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
 
     # ---------------------------------------------------------------------------------------------------- hooks
 
+    def set_model(self, model: Any) -> None:  # Keras carries no types
+        """Takes the model to save; what PyTorch distributes it with is taken off."""
+        super().set_model(model)
+        self._model = self.model
+
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks the target, lays out the slots and starts the writer."""
         self._dispatch.begin_training()
         self._is_in_fit = keras_state.is_in_fit(self._model)
-        self._begin()
+        self._schedule.begin()
+        self._destination.fix()
+        self._open()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Notes the epoch."""
@@ -199,8 +208,11 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._steps.begin_epoch()
         self._correct_steps()
 
-    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
-        """Does what was due after the batch before, while its state still exists."""
+    def on_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Does what was due after the batch before, while its state still exists.
+
+        Keras's `on_train_batch_begin` calls it.
+        """
         self._catch_up()
         self._dispatch.begin_batch(batch + self._steps_per_execution - 1, keras_state.last_step_id(self._model))
 
@@ -209,8 +221,12 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         if self._dispatch.is_training_thread():
             self._dispatch.end_batch()
             self._after_batch(batch, logs)
-        elif self.save_freq != "epoch":
+        elif self._decides_on_batches:
             self._dispatch.note(batch, dict(logs or {}))
+
+    def on_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Does what `on_train_batch_end` does, of which it is Keras's older name; `fit` never calls it."""
+        ModelCheckpoint.on_train_batch_end(self, batch, logs)
 
     def on_test_begin(self, logs: Logs | None = None) -> None:
         """Saves what is due after the last batch of an epoch, before validation resets the metrics."""
@@ -224,7 +240,9 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._catch_up()
         self._dispatch.end_batch()
         self._correct_steps()
-        super().on_epoch_end(epoch, logs)
+        super().on_epoch_end(epoch, logs)  # saves if `save_freq` is "epoch"
+        if self.save_freq != "epoch" and self._schedule.is_due_after_epoch():
+            self._save_model(epoch=epoch, batch=None, logs=logs)
         self._engine.poll()
         self._pause()
 
@@ -235,21 +253,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         self._engine.close()
         self._engine.raise_failures()
 
-    def _pause(self) -> None:
-        if self._frequency is not None:
-            self._frequency.pause()
-
     def _has_ended(self) -> bool:
         return self._dispatch.has_ended(keras_state.last_step_id(self._model))
-
-    def _begin(self) -> None:
-        # From here on relative paths stay where they are, whatever becomes of the working directory.
-        self._base = _constant_parent(self._root_template)
-        self._working_directory = Path.cwd()
-        commit.probe_directory(self._base)
-        if not self._template.fields:
-            self._refuse_directory(self._template.format({}))
-        self._open()
 
     def _catch_up(self) -> None:
         batch = self._dispatch.end_batch()
@@ -275,46 +280,19 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
 
     # ------------------------------------------------------------------------------------------------- deciding
 
-    def _should_save_on_batch(self, batch: int) -> bool:
-        if self._frequency is None:
-            return bool(super()._should_save_on_batch(batch))
-        is_due = self._frequency.end_batch(is_writing=self._engine.is_writing)
-        choice = self._frequency.take_news()
-        if choice is not None:
-            keras_state.print_message(f"\noffstep: {choice.describe(self._steps_per_execution)}")
-        return is_due
-
     @property
     def _needs_logs(self) -> bool:
-        return bool(self.save_best_only or self._template.fields - {"epoch", "batch", "step"})
+        has_fields = self._destination.template.fields - {"epoch", "batch", "step"}
+        return bool(self.save_best_only or has_fields or self._is_overridden)
 
     @property
-    def _steps_per_execution(self) -> int:
-        return getattr(self._model, "steps_per_execution", None) or 1
-
-    @property
-    def _counts_exactly(self) -> bool:
-        # The last execution of an epoch may be a short one, and a loss that overflows is no step.
-        return self._steps_per_execution == 1 and not keras_state.skips_steps(self._model)
-
-    def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
-        if self.monitor_op is None:
-            self._set_monitor_op()
-        mode: Literal["min", "max"] = "max" if self.monitor_op is keras.ops.greater else "min"
-        current = self._round(monitor_value)
-        if not np.isfinite(current):
-            self._tell_once(f"{self.monitor} is {current}: such a value is never the best.")
-        best = None if reference_value is None else self._round(reference_value)
-        return policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
-
-    @staticmethod
-    def _round(value: Any) -> float:
-        # Keras compares as tensors of this precision: 0.1 and its float32 are equal there.
-        with np.errstate(over="ignore"):
-            return float(np.asarray(value).astype(keras.config.floatx()))
+    def _is_overridden(self) -> bool:
+        """Whether a subclass decides, or names, by means of its own."""
+        own = (ModelCheckpoint._get_file_path, ModelCheckpoint._should_save_model, ModelCheckpoint._save_model)
+        return (type(self)._get_file_path, type(self)._should_save_model, type(self)._save_model) != own
 
     def _get_file_path(self, epoch: int, batch: int | None, logs: Logs | None) -> str:
-        return self._template.format(self._fields(epoch, batch, logs))
+        return self._destination.template.format(self._fields(epoch, batch, logs))
 
     def _fields(self, epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Any]:
         counted = {} if batch is None else {"batch": batch + 1}
@@ -325,29 +303,30 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
     def _save_model(self, epoch: int, batch: int | None, logs: Logs | None) -> None:
         started = time.monotonic()
         self._engine.poll()
+        if not self._destination.is_fixed():
+            self._destination.fix()
         if self._signature is None:
-            self._begin()
+            self._open()
         before = time.monotonic()
         if not self._counts_exactly:
             self._correct_steps()
         compute_seconds = time.monotonic() - before
         filepath = self._get_file_path(epoch, batch, logs)
+        best: Any = self.best  # a number of Keras, or None
         if not self._should_save_model(epoch, batch, logs, filepath):
             return
-        self._refuse_directory(filepath)
+        self._destination.refuse_directory(filepath)
         arrays = self._live_arrays()
         manifest = {
             "epoch": epoch + 1,
             "batch": None if batch is None else batch + 1,
-            "metrics": _plain_numbers(logs or {}),
-            "versions": {"keras": keras.__version__, "jax": version("jax")},
+            "metrics": plain_numbers(logs or {}),
+            "versions": _VERSIONS,
         }
-        fields = self._fields(epoch, batch, logs)
-        siblings = self._list_siblings()
         pending = self._engine.save(
             arrays,
             self._steps.current,
-            lambda step: self._target(fields | {"step": step}, siblings),
+            self._place(filepath, epoch, batch, logs),
             step_leaf=self._iteration_index,
             step_divisor=self._steps.divisor,
             manifest=manifest,
@@ -356,36 +335,19 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             compute_seconds=compute_seconds,
         )
         if pending is None:
+            self.best = best  # the next one has to beat what is on the disk
             return
-        if self._max_to_keep is not None and self._is_file:
-            self._saved.append(pending)
+        self._destination.remember(pending)
         if self._frequency is not None:
             self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)
 
-    @property
-    def _is_file(self) -> bool:
-        return self._format != keras_formats.DIRECTORY
+    def _is_writing(self) -> bool:
+        return self._engine.is_writing
 
-    def _target(self, fields: Mapping[str, Any], siblings: Sequence[Path]) -> Target:
-        root = self._working_directory / self._root_template.format(fields)
-        shown = self._template.format(fields)
-        if not self._is_file:
-            return Target(self._base, root, shown, self._max_to_keep, self._holds_one_step)
-        file = self._working_directory / shown
-        others = tuple(str(path) for path in siblings if path != file)
-        return Target(self._base, root, shown, self._max_to_keep, file=file, siblings=others)
-
-    def _list_siblings(self) -> list[Path]:
-        """Returns the files saved so far, each once, in the order of their newest contents."""
-        newest_first = dict.fromkeys(self._working_directory / pending.path for pending in reversed(self._saved))
-        return list(newest_first)[::-1]
-
-    def _refuse_directory(self, filepath: str) -> None:
-        if self._is_file and (self._working_directory / filepath).is_dir():
-            raise OSError(  # in the words of Keras
-                "Please specify a non-directory filepath for ModelCheckpoint. "
-                f"Filepath used is an existing directory: {filepath}"
-            )
+    def _place(self, filepath: str, epoch: int, batch: int | None, logs: Logs | None) -> Callable[[int], Target]:
+        if type(self)._get_file_path is not ModelCheckpoint._get_file_path:
+            return self._destination.place_at(filepath, self._steps.current)
+        return self._destination.place(self._fields(epoch, batch, logs))
 
     def _live_arrays(self) -> list[Any]:
         arrays, signature = self._read_state()
@@ -397,15 +359,17 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
         return [arrays[number] for number in self._order]
 
     def _read_state(self) -> tuple[list[Any], object]:
-        weights_only = self.save_weights_only and not self._is_file  # the files of Keras have the optimizer too
-        return keras_state.live_state(self._model, weights_only=weights_only, as_trained=self._as_trained)
+        # The files of Keras have the optimizer too.
+        weights_only = self.save_weights_only and not self._destination.is_file
+        arrays, signature = keras_state.live_state(self._model, weights_only=weights_only, as_trained=self._as_trained)
+        return arrays, (signature, self._destination.format)
 
     def _open(self) -> None:
         arrays, self._signature = self._read_state()
         form = keras_formats.describe_form(
             self._model,
             arrays,
-            self._format,
+            self._destination.format,
             weights_only=self.save_weights_only,
             skip_unchanged=self._skip_unchanged,
         )
@@ -435,24 +399,3 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  #
             self._frequency.note_durable(pending.stats.durable_seconds)
         if self.verbose > 0:
             keras_state.print_message(pending.note)
-
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            warnings.warn(text, UserWarning, stacklevel=3)
-
-
-def _constant_parent(template: policy.Template) -> Path:
-    """Returns the part of a path before the first one with a field in it."""
-    parts: list[str] = []
-    for part in Path(template.text).absolute().parts:
-        if "{" in part:
-            return Path(*parts)
-        parts.append(part)
-    return Path(*parts)
-
-
-def _plain_numbers(logs: Logs) -> dict[str, float]:
-    """Returns the entries of the logs that are numbers, as JSON can hold them; other callbacks put anything there."""
-    arrays = {name: np.asarray(value) for name, value in logs.items()}
-    return {name: float(array) for name, array in arrays.items() if array.ndim == 0 and array.dtype.kind in "biuf"}

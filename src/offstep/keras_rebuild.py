@@ -228,12 +228,24 @@ def _take_rebuilt_inventory(build: Callable[[], Model], is_traced: bool) -> Inve
         inventories.append(take_inventory(build()))
         return ()
 
-    if is_traced:
+    if keras.backend.backend() != "jax":
+        with keras.device(_find_device(is_traced)):
+            run()
+    elif is_traced:
         jax.eval_shape(run)  # the variables hold tracers: no memory, no computation
     else:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             run()
     return inventories[0]
+
+
+def _find_device(is_traced: bool) -> str:
+    """Returns where to rebuild a model when Keras does not run on JAX."""
+    if not is_traced:
+        return "cpu"
+    if keras.backend.backend() != "torch":
+        raise NotImplementedError(f"Keras on {keras.backend.backend()} rebuilds a model only with its arrays")
+    return "meta"  # shapes without memory
 
 
 @contextmanager

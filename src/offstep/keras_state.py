@@ -1,6 +1,9 @@
 """What the leaves of a Keras model's state are called in a checkpoint, and where their live arrays are.
 
 With `keras_rebuild`, the only modules that touch private parts of Keras; each such part has a public way beside it.
+
+Where Keras runs on TensorFlow or PyTorch the live arrays are copies in host memory: the next step changes the variables
+in place.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import keras
 
 from offstep.keras_rebuild import (
@@ -32,6 +34,7 @@ from offstep.keras_rebuild import (
 )
 
 Model = Any  # Keras carries no types
+Array = Any  # jax.Array; np.ndarray where Keras runs on another backend
 StatePath = tuple[str, ...]
 Alias = tuple[int, StatePath]
 
@@ -70,7 +73,7 @@ class KerasState:
 # --- the live arrays -------------------------------------------------------------------------------------------------
 
 
-def live_arrays(model: Model, *, weights_only: bool = False) -> list[jax.Array]:
+def live_arrays(model: Model, *, weights_only: bool = False) -> list[Array]:
     """Returns the arrays of `model`'s state: trainable, non-trainable, optimizer's, metrics'.
 
     The arrays are those that the next training step will donate: use them before it starts, on the thread that
@@ -91,7 +94,7 @@ def state_signature(model: Model, weights_only: bool = False) -> object:
     return live_state(model, weights_only=weights_only)[1]
 
 
-def live_state(model: Model, *, weights_only: bool = False, as_trained: bool = False) -> tuple[list[jax.Array], object]:
+def live_state(model: Model, *, weights_only: bool = False, as_trained: bool = False) -> tuple[list[Array], object]:
     """Returns `live_arrays` and `state_signature` for the price of one.
 
     With `as_trained`, what other callbacks did to the model since the last training step of `fit` is left out.
@@ -99,7 +102,7 @@ def live_state(model: Model, *, weights_only: bool = False, as_trained: bool = F
     groups = _live_groups(model, _saved_groups(weights_only), as_trained)
     # `compile` makes a new loss tracker; with it, the other metrics and their names may be new too.
     compiled = getattr(model, "_loss_tracker", None) or getattr(model, "train_function", None)
-    owners = (getattr(model, "optimizer", None), compiled)
+    owners = (model, getattr(model, "optimizer", None), compiled)
     # Weak, so that the signature neither keeps a model alive nor takes a new object for a dead one at its address.
     references = tuple(weakref.ref(owner) if owner is not None else None for owner in owners)
     signature = (*references, *map(len, groups))
@@ -126,6 +129,8 @@ def is_in_fit(model: Model) -> bool:
 
 def last_step_id(model: Model) -> int | None:
     """Returns what differs before and after a training step; `None` when this Keras does not tell."""
+    if keras.backend.backend() != "jax":
+        return read_iterations(model)
     state = getattr(model, "_jax_state", None)
     return None if state is None else id(state)  # the next one is made while this one still exists
 
@@ -133,14 +138,16 @@ def last_step_id(model: Model) -> int | None:
 def read_iterations(model: Model, *, as_trained: bool = False) -> int | None:
     """Returns the optimizer's counter of batches; waits until the step that makes it is computed."""
     counter = _find_counter(model)
+    if keras.backend.backend() != "jax":
+        return None if counter is None else int(keras.ops.convert_to_numpy(counter))
     variables = list_variables(model, GROUPS[2])
     index = next((i for i, v in enumerate(variables) if v is counter), None)
     return None if index is None else int(_live_groups(model, (GROUPS[2],), as_trained)[0][index])
 
 
-def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) -> list[list[jax.Array]]:
+def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) -> list[list[Array]]:
     # Within `fit` Keras takes the values out of the variables, and keeps them in `_jax_state` between two steps.
-    detached: Mapping[str, list[jax.Array]] = {}
+    detached: Mapping[str, list[Array]] = {}
     if not hasattr(model, "_jax_state"):
         attach_values(model)
     elif as_trained or is_detached(model):
@@ -159,12 +166,14 @@ def attach_values(model: Model) -> None:
         model.jax_state_sync()
 
 
-def _values(variables: Iterable[Variable]) -> list[jax.Array]:
+def _values(variables: Iterable[Variable]) -> list[Array]:
+    if keras.backend.backend() != "jax":
+        return [keras.ops.convert_to_numpy(variable) for variable in variables]
     # `value` costs twenty times as much as `_value`.
     return [value if (value := getattr(v, "_value", None)) is not None else _public_value(v) for v in variables]
 
 
-def value_of(variable: Variable) -> jax.Array:
+def value_of(variable: Variable) -> Array:
     """Returns the array that a variable holds.
 
     Raises:
@@ -173,9 +182,9 @@ def value_of(variable: Variable) -> jax.Array:
     return _values([variable])[0]
 
 
-def _public_value(variable: Variable) -> jax.Array:
+def _public_value(variable: Variable) -> Array:
     try:
-        value: jax.Array | None = variable.value
+        value: Array | None = variable.value
     except TypeError:  # Keras calls the variable's initializer, which it has dropped
         value = None
     if value is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from string import Formatter
 from typing import Literal
 
 TargetKind = Literal["steps", "single"]
+FrequencyUnit = Literal["epochs", "batches", "seconds"]
 
 STEP_FIELD = "{step}"
 
@@ -21,9 +22,113 @@ _FORMAT_BY_SUFFIX = {
     ".h5": "keras_legacy",
 }
 
+_FREQUENCY = re.compile(
+    r"(?P<count>\d{1,12}(\.\d{1,9})?)\s*"
+    r"((?P<epochs>epochs?)|(?P<batches>batch(es)?)|(?P<s>s|sec|seconds?)|(?P<min>min|minutes?)|(?P<h>h|hours?))",
+    re.ASCII,
+)
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
 # https://docs.python.org/3/library/string.html#format-specification-mini-language, numbers only. Widths have at most
 # three digits: no file name is longer, and a wider one would only cost memory.
 _NUMBER_FORMAT = re.compile(r"([^{}/\\\0]?[<>=^])?[-+ ]?z?#?0?\d{0,3}[_,]?(\.\d{1,3})?[bdoxXeEfFgGn%]?")
+
+
+@dataclass(frozen=True)
+class SaveFrequency:
+    """Every how many epochs, batches or seconds to save."""
+
+    count: float
+    unit: FrequencyUnit
+
+
+def parse_save_freq(save_freq: str | int) -> SaveFrequency:
+    """Returns what a `save_freq` asks for.
+
+    Keras knows `"epoch"` and a number of batches. Beyond these: `"5 epochs"`, `"500 batches"`, and a time, `"30s"`,
+    `"10min"`, `"1.5 h"`.
+
+    Raises:
+        ValueError: it is none of these, or zero or less. The text begins with Keras's.
+    """
+    if save_freq == "epoch":
+        return SaveFrequency(1, "epochs")
+    if isinstance(save_freq, int):
+        if save_freq < 1:
+            raise ValueError(f"save_freq must be 'epoch' or at least 1 batch. Received: save_freq={save_freq!r}")
+        return SaveFrequency(int(save_freq), "batches")
+    frequency = _parse_frequency(save_freq) if isinstance(save_freq, str) else None
+    if frequency is None:
+        raise ValueError(
+            f"Unrecognized save_freq: {save_freq}. Expected save_freq are 'epoch' or integer values, a number of "
+            f"epochs or batches such as '5 epochs', or a time such as '30s', '10min' or '2h'. "
+            f"Received: save_freq={save_freq!r}"
+        )
+    return frequency
+
+
+def _parse_frequency(text: str) -> SaveFrequency | None:
+    match = _FREQUENCY.fullmatch(text.strip())
+    if match is None or float(match["count"]) == 0:
+        return None
+    for name, seconds in _SECONDS.items():
+        if match[name]:
+            return SaveFrequency(float(match["count"]) * seconds, "seconds")
+    if not match["count"].isdecimal():
+        return None
+    return SaveFrequency(int(match["count"]), "epochs" if match["epochs"] else "batches")
+
+
+class Schedule:
+    """Says when a save is due for the frequencies that Keras does not have: several epochs, or a time.
+
+    Epochs are counted as Keras counts batches: from one `fit` to the next, whatever their numbers. Time runs from the
+    first `begin` on, or from when a save was last due, between two `fit`s too; a save is due at the end of the first
+    batch after it has passed.
+
+    Example:
+        >>> now = iter([0.0, 29.0, 31.0, 60.0, 61.0])
+        >>> schedule = Schedule(SaveFrequency(30, "seconds"), clock=lambda: next(now))
+        >>> schedule.begin()
+        >>> [schedule.is_due_after_batch() for _ in range(4)]
+        [False, True, False, True]
+
+    Args:
+        frequency: How often.
+        clock: Returns seconds and never goes back.
+    """
+
+    def __init__(self, frequency: SaveFrequency, clock: Callable[[], float]) -> None:
+        self._frequency = frequency
+        self._clock = clock
+        self._since: float | None = None
+        self._epochs = 0
+
+    def begin(self) -> None:
+        """Starts the time, unless it runs."""
+        if self._since is None and self._frequency.unit == "seconds":
+            self._since = self._clock()
+
+    def is_due_after_batch(self) -> bool:
+        """Returns whether the time has passed; if so it starts again."""
+        if self._frequency.unit != "seconds":
+            return False
+        self.begin()
+        now = self._clock()
+        if self._since is None or now - self._since < self._frequency.count:
+            return False
+        self._since = now
+        return True
+
+    def is_due_after_epoch(self) -> bool:
+        """Counts an epoch, and returns whether it is one to save after."""
+        if self._frequency.unit != "epochs":
+            return False
+        self._epochs += 1
+        if self._epochs < self._frequency.count:
+            return False
+        self._epochs = 0
+        return True
 
 
 class BatchCounter:

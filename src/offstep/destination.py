@@ -1,0 +1,136 @@
+"""Where the checkpoints of a callback go: its filepath, and the places that it means once training has begun."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from offstep import commit, policy
+from offstep.engine import Target
+from offstep.pending import PendingSave
+
+Fields = Mapping[str, object]
+
+_UNSURE_FILES = 64  # more than can be on their way at once; what fails does not count as kept
+
+
+class Destination:
+    """A filepath with fields to fill in, and the places that it stands for.
+
+    Args:
+        filepath: The template.
+        weights_only: Whether no whole models go there.
+        keep: How many of the newest checkpoints stay; `None` keeps all.
+
+    Attributes:
+        template: The template.
+        format: Key of `formats.FORMATS` that the suffix asks for.
+        is_file: Whether a checkpoint is a single file.
+
+    Raises:
+        ValueError: the template is malformed, or has a field that is not allowed.
+    """
+
+    def __init__(self, filepath: str, *, weights_only: bool, keep: int | None) -> None:
+        self.template = policy.Template(filepath)
+        self.format = policy.format_of(filepath, weights_only=weights_only)
+        self.is_file = self.format != "orbax_directory"
+        self._root, kind = policy.split_target(self.template)
+        self._holds_one_step = kind == "single"
+        if self.is_file:
+            self._root = policy.Template(os.path.dirname(filepath) or ".", filepath=filepath)
+        self._keep = keep
+        self._saved: deque[PendingSave] = deque(maxlen=None if keep is None else keep + _UNSURE_FILES)
+        self._directory: Path | None = None
+        self._base = Path()
+
+    def is_fixed(self) -> bool:
+        """Returns whether `fix` was called."""
+        return self._directory is not None
+
+    def fix(self) -> None:
+        """Fixes what a relative path means, whatever becomes of the working directory, and checks the target.
+
+        Raises:
+            OSError: nothing can be saved there.
+        """
+        self._directory = Path.cwd()
+        self._base = _constant_parent(self._directory / self._root.text)
+        commit.probe_directory(self._base)
+        if not self.template.fields:
+            self.refuse_directory(self.template.format({}))
+
+    def refuse_directory(self, filepath: str) -> None:
+        """Raises an `OSError` in the words of Keras if a directory is where a file shall go."""
+        if self.is_file and self._absolute(filepath).is_dir():
+            raise OSError(
+                "Please specify a non-directory filepath for ModelCheckpoint. "
+                f"Filepath used is an existing directory: {filepath}"
+            )
+
+    def place(self, fields: Fields) -> Callable[[int], Target]:
+        """Returns what gives the place of a step; `fields` fill the template in."""
+        siblings = self._list_siblings()
+
+        def at(step: int) -> Target:
+            known = {**fields, "step": step}
+            return self._target(self._root.format(known), self.template.format(known), siblings, self._holds_one_step)
+
+        return at
+
+    def place_at(self, filepath: str, step: int) -> Callable[[int], Target]:
+        """Returns the same for a path that is not made by the template, where `step` is expected.
+
+        Raises:
+            OSError: nothing can be saved there.
+        """
+        siblings = self._list_siblings()
+        path = Path(filepath)
+        holds_one_step = self._holds_one_step or path.name != str(step)
+        root = str(path.parent) if self.is_file or not holds_one_step else filepath
+        if not self._is_below_base(root):
+            commit.probe_directory(self._absolute(root))
+
+        def at(actual: int) -> Target:
+            is_named = self.is_file or holds_one_step
+            shown = filepath if is_named else str(path.with_name(str(actual)))
+            return self._target(root, shown, siblings, holds_one_step)
+
+        return at
+
+    def remember(self, pending: PendingSave) -> None:
+        """Counts a file among those of which the newest are kept."""
+        if self._keep is not None and self.is_file:
+            self._saved.append(pending)
+
+    def _target(self, root: str, shown: str, siblings: list[Path], holds_one_step: bool) -> Target:
+        directory = self._absolute(root)
+        base = self._base if self._is_below_base(root) else directory
+        if not self.is_file:
+            return Target(base, directory, shown, self._keep, holds_one_step)
+        file = self._absolute(shown)
+        others = tuple(str(path) for path in siblings if path != file)
+        return Target(base, directory, shown, self._keep, file=file, siblings=others)
+
+    def _list_siblings(self) -> list[Path]:
+        """Returns the files saved so far, each once, in the order of their newest contents."""
+        newest_first = dict.fromkeys(self._absolute(pending.path) for pending in reversed(self._saved))
+        return list(newest_first)[::-1]
+
+    def _is_below_base(self, root: str) -> bool:
+        return self._absolute(root).is_relative_to(self._base)
+
+    def _absolute(self, filepath: str) -> Path:
+        return (self._directory or Path.cwd()) / filepath
+
+
+def _constant_parent(path: Path) -> Path:
+    """Returns the part of a path before the first one with a field in it."""
+    parts: list[str] = []
+    for part in path.parts:
+        if "{" in part:
+            break
+        parts.append(part)
+    return Path(*parts)

@@ -1,0 +1,121 @@
+"""What stock's `ModelCheckpoint` decides, and where ours decides otherwise: how often, and what is better."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from offstep import keras_state, policy
+from offstep.frequency import Frequency, parse_budget
+
+
+class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
+    """Stock's callback that knows more frequencies, and never takes a metric that is not finite for the best.
+
+    Args:
+        overhead_budget: Share of the time that saving may take, instead of `save_freq`.
+        clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
+        arguments: Those of stock.
+
+    Raises:
+        ValueError: an argument is out of range; the message ends in what was received.
+    """
+
+    best: Any  # a number, of the backend or of NumPy too; None before the first
+
+    def __init__(
+        self,
+        filepath: str,
+        monitor: str,
+        verbose: int,
+        save_best_only: bool,
+        save_weights_only: bool,
+        mode: str,
+        save_freq: str | int,
+        initial_value_threshold: float | None,
+        *,
+        overhead_budget: str | float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._told: set[str] = set()
+        self._frequency: Frequency | None = None
+        if overhead_budget is not None:
+            self._frequency = Frequency(parse_budget(overhead_budget), clock)
+            if save_freq != "epoch":
+                raise ValueError(f"give save_freq or overhead_budget, not both. Received: {save_freq=}")
+            save_freq = 1
+        # Keras would refuse the frequencies that it does not know; ours are checked next.
+        super().__init__(
+            filepath, monitor, verbose, save_best_only, save_weights_only, mode, "epoch", initial_value_threshold
+        )
+        self.save_freq = save_freq
+
+    @property
+    def save_freq(self) -> str | int:
+        """How often to save, a number of batches as an integer; another value may be set between two batches."""
+        return self._save_freq
+
+    @save_freq.setter
+    def save_freq(self, save_freq: str | int) -> None:
+        frequency = policy.parse_save_freq(save_freq)
+        self._schedule = policy.Schedule(frequency, self._clock)
+        is_batches = frequency.unit == "batches"
+        self._save_freq: str | int = int(frequency.count) if is_batches else save_freq
+        self._decides_on_batches = frequency.unit != "epochs"
+
+    def _should_save_on_batch(self, batch: int) -> bool:
+        if self._frequency is not None:
+            is_due = self._frequency.end_batch(is_writing=self._is_writing())
+            choice = self._frequency.take_news()
+            if choice is not None:
+                keras_state.print_message(f"\noffstep: {choice.describe(self._steps_per_execution)}")
+            return is_due
+        if isinstance(self.save_freq, int):
+            return bool(super()._should_save_on_batch(batch))
+        return self._schedule.is_due_after_batch()
+
+    def _is_writing(self) -> bool:
+        """Returns whether a save is not durable yet."""
+        raise NotImplementedError
+
+    @property
+    def _steps_per_execution(self) -> int:
+        return getattr(self._model, "steps_per_execution", None) or 1
+
+    @property
+    def _counts_exactly(self) -> bool:
+        # The last execution of an epoch may be a short one, and a loss that overflows is no step.
+        return not (self._steps_per_execution > 1 or keras_state.skips_steps(self._model))
+
+    def _pause(self) -> None:
+        if self._frequency is not None:
+            self._frequency.pause()
+
+    def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
+        if self.monitor_op is None:
+            self._set_monitor_op()
+        current = self._round(monitor_value)
+        if not np.isfinite(current):
+            self._tell_once(f"{self.monitor} is {current}: such a value is never the best.")
+            return False
+        if self.monitor_op not in (keras.ops.less, keras.ops.greater):  # the user's own
+            return bool(super()._is_improvement(monitor_value, reference_value))
+        mode: Literal["min", "max"] = "max" if self.monitor_op is keras.ops.greater else "min"
+        best = None if reference_value is None else self._round(reference_value)
+        return policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
+
+    @staticmethod
+    def _round(value: Any) -> float:
+        # Keras compares as tensors of this precision: 0.1 and its float32 are equal there.
+        with np.errstate(over="ignore"):
+            return float(np.asarray(value).astype(keras.config.floatx()))
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, UserWarning, stacklevel=3)
