@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from offstep.checkpointer import Checkpointer
     from offstep.discovery import best, latest
     from offstep.pending import PendingSave
-    from offstep.records import SaveStats
+    from offstep.records import Problem, SaveStats
     from offstep.restoration import RestoreReport, read, restore
+    from offstep.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "ModelCheckpoint",
     "OffstepError",
     "PendingSave",
+    "Problem",
     "RestoreReport",
     "SaveFailed",
     "SaveReplaced",
@@ -45,11 +47,13 @@ __all__ = [
     "StructureMismatch",
     "UnsupportedFormat",
     "UnsupportedLeaf",
+    "VerifyReport",
     "WriterDied",
     "best",
     "latest",
     "read",
     "restore",
+    "verify",
 ]
 
 # Imported on first use: the writer process imports this package too, and must not wait for Keras and JAX.
@@ -58,7 +62,10 @@ _MODULES = {
     "ModelCheckpoint": "offstep.callbacks",
     "PendingSave": "offstep.pending",
     "RestoreReport": "offstep.restoration",
+    "Problem": "offstep.records",
+    "VerifyReport": "offstep.verification",
     "SaveStats": "offstep.records",
+    "verify": "offstep.verification",
     "best": "offstep.discovery",
     "latest": "offstep.discovery",
     "read": "offstep.restoration",

@@ -202,3 +202,22 @@ class SaveStats:
     def stall_seconds(self) -> float:
         """How long the training thread waited because of the save: `call_seconds` without `compute_seconds`."""
         return self.call_seconds - self.compute_seconds
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a checkpoint that is not as it was written.
+
+    Attributes:
+        where: The file, or the leaf with its chunk, relative to the checkpoint.
+        expected: What should be there.
+        found: What is there.
+    """
+
+    where: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        """Says it in one line."""
+        return f"{self.where}: expected {self.expected}, found {self.found}"
