@@ -65,7 +65,7 @@ WORKLOADS = {
     "B": Workload("B", "15 MB of state in 1,800 variables", 300, 64, batch=32, save_freq=100, saves=6),
     "C": Workload("C", "200 MB of state, short steps", 8, 1444, batch=16, save_freq=20, saves=6),
     "D": Workload("D", "100 MB of state, steps of 100 ms or more", 8, 1020, batch=256, save_freq=10, saves=6),
-    "L": Workload("L", "LoRA: 99 % of 200 MB frozen", 100, 704, batch=16, save_freq=20, saves=6, frozen_layers=99),
+    "L": Workload("L", "LoRA: 99 % of 205 MB frozen", 300, 412, batch=16, save_freq=20, saves=6, frozen_layers=299),
 }
 
 

@@ -396,6 +396,6 @@ class ModelCheckpoint(DecidingCheckpoint):
 
     def _say_durable(self, pending: PendingSave) -> None:
         if self._frequency is not None and pending.stats.durable_seconds is not None:
-            self._frequency.note_durable(pending.stats.durable_seconds)
+            self._frequency.note_durable(pending.stats.durable_seconds - pending.stats.compute_seconds)
         if self.verbose > 0:
             keras_state.print_message(pending.note)
