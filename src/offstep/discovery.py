@@ -93,9 +93,7 @@ def best(
     Raises:
         ValueError: there are checkpoints, but none with that metric; or the mode is unknown.
     """
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(f"mode must be 'auto', 'min' or 'max'. Received: {mode!r}")
-    sign = 1.0 if mode == "max" or (mode == "auto" and _is_gain(monitor)) else -1.0
+    sign = 1.0 if find_direction(monitor, mode) == "max" else -1.0
     found: Path | None = None
     value = -math.inf
     seen: set[str] = set()
@@ -114,6 +112,19 @@ def best(
             f"{sorted(seen) or 'none'}"
         )
     return found
+
+
+def find_direction(monitor: str, mode: Literal["auto", "min", "max"] = "auto") -> Literal["min", "max"]:
+    """Returns whether less or more of a metric is better; see `best`.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f"mode must be 'auto', 'min' or 'max'. Received: {mode!r}")
+    # As in Keras 2 and in most people's heads; the model, which Keras 3 asks, is not here.
+    is_gain = any(part in monitor for part in ("acc", "auc", "f1"))
+    return "max" if mode == "max" or (mode == "auto" and is_gain) else "min"
 
 
 def read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:  # JSON
@@ -170,11 +181,6 @@ def _open_verified(path: Path, *, verify: bool) -> Reader:
         reader.close()
         raise
     return reader
-
-
-def _is_gain(monitor: str) -> bool:
-    # As in Keras 2 and in most people's heads; the model, which Keras 3 asks, is not here.
-    return any(part in monitor for part in ("acc", "auc", "f1"))
 
 
 def _describe_nothing(path: Path) -> str:

@@ -1,0 +1,164 @@
+"""The command `offstep`: arguments in, an answer on standard output, an exit status that scripts can use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import offstep
+from offstep import commands
+from offstep.commands import Answer
+from offstep.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    OffstepError,
+    StructureMismatch,
+    UnsupportedFormat,
+    UnsupportedLeaf,
+)
+from offstep.tables import make_console
+
+USAGE, NOTHING, UNSUITABLE, DAMAGED, REFUSED, INTERRUPTED = 2, 3, 4, 5, 6, 130
+
+_STATUS: tuple[tuple[type[BaseException], int], ...] = (
+    (CheckpointNotFound, NOTHING),
+    (UnsupportedFormat, UNSUITABLE),
+    (StructureMismatch, UNSUITABLE),
+    (UnsupportedLeaf, UNSUITABLE),
+    (CheckpointDamaged, DAMAGED),
+    (OSError, REFUSED),
+    (OffstepError, REFUSED),
+    (ValueError, USAGE),
+    (KeyboardInterrupt, INTERRUPTED),
+)
+_CODES = """exit status:
+  0  done; what was asked for is so
+  1  diff: the checkpoints differ
+  2  bad arguments
+  3  there is no checkpoint
+  4  it is no checkpoint, one of a newer version, or one that does not fit
+  5  damaged
+  6  the system refused: permission, disk full, ...
+  130  interrupted"""
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status. Errors are told on standard error in one line."""
+    args = make_parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = _show_warning
+        try:
+            answer: Answer = args.run(args)
+            _print(answer, as_json=args.json)
+        except BrokenPipeError:  # the reader has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (OffstepError, OSError, ValueError, KeyboardInterrupt) as error:
+            return _fail(error, as_json=args.json)
+    return answer.code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="offstep",
+        description="Looks at, checks, compares and converts checkpoints of offstep, Orbax and Keras.",
+        epilog=_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"offstep {offstep.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name, help=text, description=text, epilog=_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.set_defaults(run=run)
+        return command
+
+    _add_looking(add)
+    _add_retention(add)
+    return parser
+
+
+def _add_looking(add: Add) -> None:
+    command = add("inspect", commands.inspect, "Shows the leaves of a checkpoint and what is kept with it.")
+    command.add_argument("path", type=Path, help="a checkpoint, or a directory whose newest one is taken")
+    command.add_argument("prefix", nargs="*", help="only leaves below these names")
+    command.add_argument("--stats", action="store_true", help="read the values: min, max, mean, non-finite")
+    command = add("latest", commands.latest, "Prints the path of the newest valid checkpoint.")
+    command.add_argument("path", type=Path, metavar="DIR")
+    command.add_argument("--verify", action="store_true", help="read all of it and check every checksum too")
+    command = add("verify", commands.verify, "Checks every checksum of a checkpoint, or of all in a directory.")
+    command.add_argument("path", type=Path)
+    command = add("diff", commands.diff, "Compares the structure and the values of two checkpoints.")
+    command.add_argument("a", type=Path)
+    command.add_argument("b", type=Path)
+    command.add_argument("--atol", type=float, default=0.0, help="absolute difference that is allowed")
+    command.add_argument("--rtol", type=float, default=0.0, help="difference that is allowed relative to the value")
+
+
+def _add_retention(add: Add) -> None:
+    for name, run, text in (
+        ("ls", commands.ls, "Lists checkpoints: step, age, size, metric, best, whole, what retention would do."),
+        ("prune", commands.prune, "Removes checkpoints, oldest first; the best and the newest stay."),
+    ):
+        command = add(name, run, text)
+        command.add_argument("path", type=Path, metavar="DIR")
+        command.add_argument("--keep", type=int, required=name == "prune", help="how many of the newest stay")
+        command.add_argument("--keep-best", type=int, default=1, metavar="K", help="how many of the best stay as well")
+        command.add_argument("--keep-every", type=int, metavar="N", help="multiples of this step stay as well")
+        command.add_argument("--monitor", help="metric that tells the best (default: val_loss, loss or the first)")
+        command.add_argument("--mode", choices=("auto", "min", "max"), default="auto")
+    command.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def _print(answer: Answer, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_strict(answer.document), allow_nan=False, indent=2))
+    else:
+        console = make_console()
+        with console.capture() as capture:  # the console would end the process when the reader has gone
+            for part in answer.shown:
+                console.print(part)
+        sys.stdout.write(capture.get())
+    sys.stdout.flush()
+
+
+def _strict(value: Any) -> Any:  # JSON, but for numbers that it does not know and tuples
+    if isinstance(value, dict):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _fail(error: BaseException, *, as_json: bool) -> int:
+    text = "interrupted" if isinstance(error, KeyboardInterrupt) else _describe(error)
+    if as_json:
+        print(json.dumps({"error": {"kind": type(error).__name__, "message": text}}, indent=2))
+    print(f"offstep: {text}", file=sys.stderr)
+    return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, OffstepError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"offstep: {message}", file=sys.stderr)

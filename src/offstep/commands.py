@@ -1,0 +1,213 @@
+"""What each command of `offstep` does: from its arguments to an answer that can be shown or printed as JSON."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from offstep import checking, comparison, inspection, pruning
+from offstep.discovery import latest as find_latest
+from offstep.discovery import open_newest
+from offstep.errors import CheckpointNotFound
+from offstep.listing import Entry, list_entries
+from offstep.tables import make_table, spell_age, spell_bytes, spell_number
+
+DONE, DIFFERENT, NOTHING, DAMAGED = 0, 1, 3, 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has found.
+
+    Attributes:
+        document: The same as JSON; numbers may be NaN or infinite.
+        shown: What people see, from top to bottom.
+        code: Exit status.
+    """
+
+    document: dict[str, Any]  # JSON
+    shown: Sequence[RenderableType] = field(default=())
+    code: int = DONE
+
+
+def ls(args: Namespace) -> Answer:
+    """Lists checkpoints."""
+    entries = list_entries(args.path)
+    monitor = pruning.choose_monitor(entries, args.monitor)
+    best = pruning.find_best(entries, monitor, args.mode)
+    expired = [] if args.keep is None else pruning.select_prunable(entries, _wishes(args))
+    gone = {entry.path for entry in expired}
+    document = {
+        "path": str(args.path),
+        "monitor": monitor,
+        "checkpoints": [
+            _describe(entry) | {"is_best": entry is best, "would_go": entry.path in gone} for entry in entries
+        ],
+    }
+    if not entries:
+        return Answer(document, [f"no checkpoint in {args.path}"])
+    columns = ["step", "age", "size", monitor or "metric", "", "whole", "path"]
+    columns += [] if args.keep is None else ["retention"]
+    rows = [_row(entry, monitor, best, args.path) for entry in entries]
+    if args.keep is not None:
+        rows = [[*row, "goes" if entry.path in gone else "stays"] for row, entry in zip(rows, entries, strict=True)]
+    total = sum(entry.size_bytes for entry in entries)
+    summary = f"{len(entries)} checkpoints, {spell_bytes(total)}"
+    return Answer(document, [make_table(columns, rows, right=("step", "age", "size", monitor or "metric")), summary])
+
+
+def inspect(args: Namespace) -> Answer:
+    """Shows the leaves of one checkpoint, and what is kept with it."""
+    reader = open_newest(args.path, verify=False)
+    try:
+        contents = reader.contents
+        leaves = inspection.select_leaves(contents.leaves, args.prefix)
+        if args.prefix and not leaves:
+            raise ValueError(f"{reader.path} has no leaf below {' or '.join(args.prefix)}")
+        found = {leaf.name: inspection.measure(reader, leaf) for leaf in leaves} if args.stats else {}
+    finally:
+        reader.close()
+    about = {key: value for key, value in contents.manifest.items() if key != "files"}
+    total = sum(leaf.size_bytes for leaf in leaves)
+    document = {
+        "path": str(reader.path),
+        "format": contents.format,
+        "manifest": about,
+        "size_bytes": total,
+        "leaves": [
+            {"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype, "size_bytes": leaf.size_bytes}
+            | (asdict(found[leaf.name]) if args.stats else {})
+            for leaf in leaves
+        ],
+    }
+    columns = ["leaf", "dtype", "shape", "size"] + (["min", "max", "mean", "non-finite"] if args.stats else [])
+    rows = []
+    for leaf in leaves:
+        row = [leaf.name, leaf.dtype, "x".join(map(str, leaf.shape)) or "scalar", spell_bytes(leaf.size_bytes)]
+        if args.stats:
+            numbers = found[leaf.name]
+            row += [spell_number(number) for number in (numbers.minimum, numbers.maximum, numbers.mean)]
+            row.append(str(numbers.nonfinite))
+        rows.append(row)
+    head = f"{reader.path} ({contents.format}): {len(leaves)} leaves, {spell_bytes(total)}"
+    notes = [f"  {key}: {value}" for key, value in about.items()]
+    return Answer(document, [head, *notes, make_table(columns, rows, right=columns[3:])])
+
+
+def latest(args: Namespace) -> Answer:
+    """Prints the newest valid checkpoint."""
+    if not args.path.exists():
+        raise CheckpointNotFound(f"{args.path} does not exist")
+    found = find_latest(args.path, verify=args.verify) if args.path.is_dir() else None
+    if found is None:
+        raise CheckpointNotFound(f"{args.path} holds no valid checkpoint")
+    return Answer({"path": str(found)}, [str(found)])
+
+
+def verify(args: Namespace) -> Answer:
+    """Checks one checkpoint, or all of a directory."""
+    entries = list_entries(args.path)
+    if not entries:
+        open_newest(args.path, verify=False).close()  # raises, and says what is there instead
+    is_one = len(entries) == 1 and entries[0].path == args.path
+    verdicts = [checking.check(args.path)] if is_one else [checking.check_step(entry.path) for entry in entries]
+    damaged = [verdict for verdict in verdicts if verdict.problems]
+    document = {
+        "ok": not damaged,
+        "checkpoints": [
+            asdict(verdict) | {"path": str(verdict.path), "ok": not verdict.problems} for verdict in verdicts
+        ],
+    }
+    shown: list[RenderableType] = []
+    for verdict in verdicts:
+        if verdict.problems:
+            shown += [f"damaged  {verdict.path}", *(f"         {problem}" for problem in verdict.problems)]
+        else:
+            cover = f"{spell_bytes(verdict.size_bytes)}, checksums of {verdict.covered}"
+            shown.append(f"whole    {verdict.path}  ({verdict.leaves} leaves, {cover})")
+    return Answer(document, shown, DAMAGED if damaged else DONE)
+
+
+def diff(args: Namespace) -> Answer:
+    """Compares two checkpoints."""
+    for name in ("atol", "rtol"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name} must not be negative. Received: {getattr(args, name)}")
+    a = open_newest(args.a, verify=False)
+    try:
+        b = open_newest(args.b, verify=False)
+        try:
+            found = comparison.compare(a, b, atol=args.atol, rtol=args.rtol)
+        finally:
+            b.close()
+    finally:
+        a.close()
+    document = {"a": str(a.path), "b": str(b.path), "equal": not found, "differences": [asdict(one) for one in found]}
+    shown: list[RenderableType] = [f"A: {a.path}", f"B: {b.path}"]
+    if not found:
+        return Answer(document, [*shown, f"equal: {len(a.contents.leaves)} leaves"])
+    if a.contents.format != b.contents.format:
+        shown.append(
+            f"A is {a.contents.format} and B is {b.contents.format}, which name their leaves differently; "
+            "`offstep export` makes one the other"
+        )
+    columns = ["leaf", "differs in", "values", "max abs", "max rel"]
+    shown.append(make_table(columns, [_difference_row(one) for one in found], right=columns[2:]))
+    return Answer(document, shown, DIFFERENT)
+
+
+def prune(args: Namespace) -> Answer:
+    """Removes what retention would."""
+    entries = list_entries(args.path)
+    if len(entries) == 1 and entries[0].path == args.path:
+        raise ValueError(f"{args.path} is one checkpoint; give the directory that holds several")
+    expired = pruning.select_prunable(entries, _wishes(args))
+    broken = [entry for entry in entries if not entry.is_whole]
+    if not args.dry_run:
+        for entry in expired:
+            pruning.remove(entry)
+    freed = sum(entry.size_bytes for entry in expired)
+    document = {
+        "dry_run": args.dry_run,
+        "removed": [str(entry.path) for entry in expired],
+        "broken": [str(entry.path) for entry in broken],
+        "size_bytes": freed,
+    }
+    verb = "would remove" if args.dry_run else "removed"
+    shown = [f"{verb} {entry.path}" for entry in expired]
+    shown += [f"left alone {entry.path}: {entry.problem}" for entry in broken]
+    staying = len(entries) - len(expired)
+    shown.append(f"{verb} {len(expired)} checkpoints, {spell_bytes(freed)}; {staying} stay")
+    return Answer(document, shown)
+
+
+def _wishes(args: Namespace) -> pruning.Wishes:
+    return pruning.Wishes(args.keep, args.keep_best, args.keep_every, args.monitor, args.mode)
+
+
+def _describe(entry: Entry) -> dict[str, Any]:  # JSON
+    return asdict(entry) | {"path": str(entry.path), "metrics": dict(entry.metrics), "is_whole": entry.is_whole}
+
+
+def _row(entry: Entry, monitor: str | None, best: Entry | None, directory: Path) -> list[str]:
+    return [
+        "-" if entry.step is None else str(entry.step),
+        spell_age(time.time() - entry.saved_at),
+        spell_bytes(entry.size_bytes),
+        spell_number(entry.metrics.get(monitor or "")),
+        "best" if entry is best else "",
+        "yes" if entry.is_whole else f"no: {entry.problem}",
+        str(entry.path if entry.path == directory else entry.path.relative_to(directory)),
+    ]
+
+
+def _difference_row(found: comparison.Difference) -> list[str]:
+    if found.kind != "values":
+        return [found.name, f"{found.kind}: {found.text}", "", "", ""]
+    return [found.name, found.kind, str(found.count), spell_number(found.max_abs), spell_number(found.max_rel)]

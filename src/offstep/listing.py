@@ -1,0 +1,192 @@
+"""What lies in a directory of checkpoints, told from names, sizes and small documents alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offstep import catalog
+from offstep.discovery import read_metrics
+from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.formats.keras_reader import SUFFIXES
+from offstep.formats.orbax_reader import find_item, read_manifest
+
+_STEP_NAME = re.compile(r"0|[1-9][0-9]*")
+_METADATA_NAME = "_CHECKPOINT_METADATA"
+_FORMATS = {".weights.h5": "keras_weights", ".keras": "keras_archive"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint as a list shows it.
+
+    Attributes:
+        path: The checkpoint.
+        step: Training step, where it or its name says so.
+        format: `"orbax_directory"`, `"keras_weights"` or `"keras_archive"`.
+        saved_at: Seconds since the epoch.
+        size_bytes: Of all its files, those that it shares with other checkpoints included.
+        metrics: Numbers kept with it.
+        nonfinite: How many weights are NaN or infinite; `None` where nobody counted.
+        epoch: From 1, where it says so.
+        problem: Why it is not whole, as far as names and sizes tell; else empty.
+    """
+
+    path: Path
+    step: int | None
+    format: str
+    saved_at: float
+    size_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nonfinite: int | None = None
+    epoch: int | None = None
+    problem: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problem
+
+
+def list_entries(path: Path) -> list[Entry]:
+    """Returns the checkpoints in a directory, broken ones too, oldest first; or the one that `path` is.
+
+    Steps count by their number, others by the time at which they were committed. No array is read.
+
+    Raises:
+        CheckpointNotFound: there is nothing at `path`.
+        UnsupportedFormat: it is a file that is no checkpoint.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        raise CheckpointNotFound(f"{path} does not exist")
+    if path.is_file() or find_item(path) is not None:
+        return [describe(path)]
+    found = [describe(candidate) for candidate in _find_candidates(path, is_outermost=True)]
+    return sorted(found, key=lambda entry: (-1 if entry.step is None else entry.step, entry.saved_at))
+
+
+def describe(path: Path) -> Entry:
+    """Describes one checkpoint.
+
+    Raises:
+        UnsupportedFormat: it is a file that is no checkpoint.
+        OSError: it cannot be read.
+    """
+    return _describe_directory(path) if path.is_dir() else _describe_file(path)
+
+
+def _list_sizes(directory: Path) -> Iterator[int]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _list_sizes(Path(entry.path))
+            else:
+                yield entry.stat(follow_symlinks=False).st_size
+
+
+def _find_candidates(directory: Path, *, is_outermost: bool) -> Iterator[Path]:
+    with os.scandir(directory) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".") and "-tmp" not in entry.name]
+    for entry in found:
+        path = Path(entry.path)
+        if not entry.is_dir():
+            if entry.name.endswith(SUFFIXES):
+                yield path
+        elif _STEP_NAME.fullmatch(entry.name) or find_item(path) is not None:
+            yield path
+        elif is_outermost and catalog.list_steps(path):
+            yield from _find_candidates(path, is_outermost=False)
+
+
+def _describe_directory(path: Path) -> Entry:
+    manifest, problem = _read_manifest(path)
+    metadata = _read_metadata(path)
+    committed = metadata.get("commit_timestamp_nsecs")
+    step = manifest.get("step", int(path.name) if _STEP_NAME.fullmatch(path.name) else None)
+    return Entry(
+        path=path,
+        step=step,
+        format="orbax_directory",
+        saved_at=committed / 1e9 if isinstance(committed, int) else path.stat().st_mtime,
+        size_bytes=sum(_list_sizes(path)),
+        metrics=read_metrics(manifest) or read_metrics(metadata),
+        nonfinite=manifest.get("nonfinite"),
+        epoch=manifest.get("epoch"),
+        problem=problem or _find_problem(path),
+    )
+
+
+def _read_manifest(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
+    try:
+        return read_manifest(path), ""
+    except (CheckpointDamaged, UnsupportedFormat) as error:
+        return {}, str(error)
+
+
+def _read_metadata(path: Path) -> Mapping[str, Any]:  # JSON
+    try:
+        data = json.loads((path / _METADATA_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):  # Orbax can do without it
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _find_problem(path: Path) -> str:
+    item = find_item(path)
+    if item is None:
+        return "it holds no arrays: it was never committed, or files are missing"
+    if item.name != "pytree" or not (item / "manifest.ocdbt").is_file():
+        return ""  # a layout that offstep does not write, and whose files nothing lists
+    return catalog.find_fault(path) or ""
+
+
+def _describe_file(path: Path) -> Entry:
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise UnsupportedFormat(
+            f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
+            f"{', '.join(SUFFIXES)}"
+        )
+    manifest, problem = _open_archive(path) if suffix == ".keras" else _open_weights(path)
+    status = path.stat()
+    return Entry(
+        path=path,
+        step=manifest.get("step"),
+        format=_FORMATS[suffix],
+        saved_at=status.st_mtime,
+        size_bytes=status.st_size,
+        metrics=read_metrics(manifest),
+        nonfinite=manifest.get("nonfinite"),
+        epoch=manifest.get("epoch"),
+        problem=problem,
+    )
+
+
+def _open_archive(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
+    """Returns the manifest of an archive, and what is wrong with its directory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "model.weights.h5" not in names:
+                return {}, "it has no model.weights.h5: it is no .keras file of Keras 3"
+            return (json.loads(archive.read("offstep.json")) if "offstep.json" in names else {}), ""
+    except (zipfile.BadZipFile, ValueError) as error:
+        return {}, f"it cannot be read as an archive ({error})"
+
+
+def _open_weights(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
+    import h5py  # Orbax directories are listed without it
+
+    with path.open("rb"):  # says plainly that it cannot be read, where that is so
+        pass
+    try:
+        with h5py.File(path, "r"):
+            return {}, ""
+    except OSError as error:
+        return {}, f"it cannot be read as HDF5 ({error})"
