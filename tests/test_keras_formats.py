@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import zoo
 from keras_file_reader import assert_same, read_file
-from runs import fit, make_model, read_state
+from runs import fit, make_data, make_model, read_state
+from test_commit import mounted_tmpfs
 
 from offstep import ModelCheckpoint, SaveFailed
 
@@ -290,3 +292,36 @@ def test_a_model_that_keras_cannot_save_fails_the_save(tmp_path: Path) -> None:
     ):
         fit(model, [ModelCheckpoint(tmp_path / "a.weights.h5", save_weights_only=True)], epochs=1)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_loop_driven_by_hand_leaves_the_files_of_stock_keras(tmp_path: Path) -> None:
+    model = make_model()
+    x, y = make_data()
+    pairs = make_pairs(tmp_path, {k: o for k, o in KINDS.items() if k != "h5"}, save_freq=2)
+    callbacks = keras.callbacks.CallbackList([Synchronous(), *pairs], model=model)
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(0)
+    for batch in range(4):
+        callbacks.on_train_batch_begin(batch)
+        model.train_on_batch(x[:2], y[:2])
+        callbacks.on_train_batch_end(batch, {})
+    callbacks.on_epoch_end(0, {})
+    callbacks.on_train_end()
+    for suffix in ("weights.h5", "keras"):
+        assert_same(read_file(tmp_path / f"ours.{suffix}"), read_file(tmp_path / f"stock.{suffix}"))
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_full_disk_fails_the_save_and_the_older_file_stays(suffix: str, tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "small", "size=400k") as small:
+        target = small / f"best.{suffix}"
+        with expected_note(suffix):
+            fit(make_model(), [ModelCheckpoint(target, **KINDS[suffix])], epochs=1)
+        before = target.read_bytes()
+        (small / "filler").write_bytes(bytes(400_000 - len(before) - 8192))
+        ours = ModelCheckpoint(target, retry_seconds=0, **KINDS[suffix])
+        with expected_note(suffix), pytest.raises(SaveFailed, match="No space left on device") as caught:
+            fit(make_model(), [ours], epochs=1)
+        assert caught.value.errno == errno.ENOSPC
+        assert sorted(os.listdir(small)) == [f"best.{suffix}", "filler"]
+        assert target.read_bytes() == before

@@ -1,0 +1,15 @@
+"""A plugin for pytest that puts our class in the place of Keras's before Keras's own tests are collected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras.src import callbacks
+
+from offstep import ModelCheckpoint
+
+callbacks.ModelCheckpoint = ModelCheckpoint
+
+
+def pytest_configure(config: Any) -> None:  # of pytest
+    config.addinivalue_line("markers", "requires_trainable_backend: of Keras")
