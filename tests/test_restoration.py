@@ -62,7 +62,8 @@ def test_a_model_gets_its_whole_state_back(saved: tuple[Path, dict[str, np.ndarr
     assert_same(read_state(model), state)
     assert set(report.restored) == set(state)
     assert (report.missing, report.left_over, dict(report.by_position)) == ((), (), {})
-    assert (report.path, report.step, report.manifest["epoch"]) == (directory / "7", 7, 1)
+    assert (report.path, report.step) == (directory / "7", 7)
+    assert report.manifest["epoch"] == 1
 
 
 def test_a_restored_model_goes_on_as_if_never_stopped(tmp_path: Path) -> None:

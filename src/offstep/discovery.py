@@ -17,6 +17,9 @@ from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.stored import Reader
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
+Verify = bool | Literal["fast"]
+"""Whether to check all checksums, none, or those that cost much less than reading everything."""
+
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
 
 
@@ -40,18 +43,18 @@ def open_checkpoint(path: Path) -> Reader:
     )
 
 
-def open_newest(path: Path, *, verify: bool) -> Reader:
+def open_newest(path: Path, *, verify: Verify) -> Reader:
     """Opens the checkpoint at `path`, or the newest valid one of the directory `path`.
 
-    A newer one that is damaged is passed over with a warning. With `verify` its checksums count too.
+    A newer one that is damaged is passed over with a warning.
 
     Raises:
         CheckpointNotFound: there is nothing, or nothing valid.
         UnsupportedFormat, CheckpointDamaged: see `open_checkpoint`; for a single checkpoint only.
     """
     if is_checkpoint(path) or not path.is_dir():
-        return _open_verified(path, verify=verify)
-    reader = next(_open_valid(path, verify=verify), None)
+        return _open_checked(path, verify)
+    reader = next(_open_valid(path, verify), None)
     if reader is None:
         raise CheckpointNotFound(_describe_nothing(path))
     return reader
@@ -67,7 +70,7 @@ def latest(directory: str | os.PathLike[str], *, verify: bool = False) -> Path |
         directory: Of steps, of files that Keras reads, or of such directories; it need not exist.
         verify: Read all of it and check every checksum too.
     """
-    for reader in _open_valid(Path(directory), verify=verify):
+    for reader in _open_valid(Path(directory), verify):
         reader.close()
         return reader.path
     return None
@@ -98,7 +101,7 @@ def best(
     value = -math.inf
     seen: set[str] = set()
     count = 0
-    for reader in _open_valid(Path(directory), verify=verify):
+    for reader in _open_valid(Path(directory), verify):
         reader.close()
         count += 1
         metrics = read_metrics(reader.contents.manifest)
@@ -162,20 +165,20 @@ def _list_entries(directory: Path) -> list[Path]:
     return [entry for entry in directory.iterdir() if not entry.name.startswith(".") and "-tmp" not in entry.name]
 
 
-def _open_valid(directory: Path, *, verify: bool) -> Iterator[Reader]:
+def _open_valid(directory: Path, verify: Verify) -> Iterator[Reader]:
     for path in list_checkpoints(directory):
         try:
-            reader = _open_verified(path, verify=verify)
+            reader = _open_checked(path, verify)
         except (CheckpointDamaged, UnsupportedFormat) as error:
             warnings.warn(f"{path} is passed over: {error}", RuntimeWarning, stacklevel=4)
         else:
             yield reader
 
 
-def _open_verified(path: Path, *, verify: bool) -> Reader:
+def _open_checked(path: Path, verify: Verify) -> Reader:
     reader = open_checkpoint(path)
     try:
-        if verify:
+        if verify is True or (verify == "fast" and reader.is_checked_fast):
             reader.verify(reader.contents.leaves, READ_THREADS)
     except BaseException:
         reader.close()

@@ -73,7 +73,7 @@ class RestoreReport:
     left_over: tuple[str, ...] = ()
     by_position: Mapping[str, str] = field(default_factory=dict)
     mismatched: Mapping[str, str] = field(default_factory=dict)
-    manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON
+    manifest: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     tree: Tree = field(default=None, repr=False)
 
@@ -88,7 +88,7 @@ def restore(
     cast: bool = False,
     threads: int = READ_THREADS,
 ) -> RestoreReport:
-    """Reads a checkpoint straight into the devices' memory, checking every checksum before anything is changed.
+    """Reads a checkpoint straight into the devices' memory, checking every checksum that there is.
 
     A Keras model gets its weights, optimizer, metrics and seed generators in place; it must be built. Of a tree of
     arrays (or of `jax.ShapeDtypeStruct`, Python numbers, NumPy arrays, PRNG keys) a new one is made, `report.tree`,
@@ -111,7 +111,8 @@ def restore(
 
     Raises:
         StructureMismatch: checkpoint and target do not agree. Nothing has been changed.
-        CheckpointDamaged: a checksum or a file is wrong. Nothing has been changed, unless the message says so.
+        CheckpointDamaged: a checksum or a file is wrong. Nothing has been changed, unless the error's notes say so:
+            what stock Orbax wrote is checked while it is read.
         CheckpointNotFound: there is nothing at `path`.
         UnsupportedFormat: it is no checkpoint, or one of a newer offstep.
 
@@ -124,7 +125,7 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with _collector_paused(), closing(open_newest(Path(path), verify=True)) as reader:
+    with _collector_paused(), closing(open_newest(Path(path), verify="fast")) as reader:
         restored = _restore_model if _is_model(target) else _restore_tree
         return restored(target, reader, _Wishes(partial, rename, strict, cast, threads))
 
@@ -359,8 +360,9 @@ def _report(reader: Reader, matching: Matching, targets: Sequence[TargetLeaf]) -
 
 
 def _find_step(reader: Reader) -> int | None:
-    step = reader.contents.manifest.get("step")
-    return int(reader.path.name) if step is None and reader.path.name.isdecimal() else step
+    if "step" in reader.contents.manifest:
+        return int(reader.contents.manifest["step"])
+    return int(reader.path.name) if reader.path.name.isdecimal() else None
 
 
 def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Path) -> StoredLeaf:

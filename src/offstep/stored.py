@@ -77,13 +77,13 @@ class Contents:
         format: `"orbax_directory"`, `"keras_weights"` or `"keras_archive"`.
         leaves: In the order of the state where `is_ordered`, else sorted by name.
         is_ordered: Whether the order of the leaves says which is which when names differ.
-        manifest: What `offstep.json` says; empty for checkpoints of others.
+        manifest: The fields of `manifest.Manifest` as the checkpoint has them; empty for checkpoints of others.
     """
 
     format: str
     leaves: tuple[StoredLeaf, ...]
     is_ordered: bool = False
-    manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Reader(Protocol):
@@ -91,6 +91,10 @@ class Reader(Protocol):
 
     path: Path
     contents: Contents
+
+    @property
+    def is_checked_fast(self) -> bool:
+        """Whether `verify` costs much less than reading everything, so that it can go before."""
 
     def read(
         self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None

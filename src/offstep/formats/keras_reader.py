@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 import struct
 import zipfile
 import zlib
@@ -14,13 +14,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
-from offstep.host_memory import copy_into
+from offstep.formats.orbax_reader import parse_manifest
+from offstep.host_memory import make_array
+from offstep.manifest import MANIFEST_NAME
 from offstep.stored import Contents, Region, StoredLeaf, as_dtype
 
 SUFFIXES = (".weights.h5", ".keras")
 
 _MEMBER = "model.weights.h5"
-_MANIFEST_NAME = "offstep.json"
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _BLOCK_BYTES = 1 << 20
 # As Keras does: a file that declares more than this, and far more than it stores, is made to fill the memory.
@@ -47,6 +48,7 @@ class KerasReader:
         self.path = path
         self._file: BinaryIO = path.open("rb")
         self._archive: zipfile.ZipFile | None = None
+        self._start: int | None = 0  # of the HDF5 file within the file
         try:
             source = self._open_member() if path.name.endswith(".keras") else self._file
             self._h5 = h5py.File(source, "r")
@@ -60,18 +62,31 @@ class KerasReader:
         kind = "keras_weights" if self._archive is None else "keras_archive"
         self.contents = Contents(kind, leaves, False, self._read_manifest())
 
+    @property
+    def is_checked_fast(self) -> bool:
+        """Whether the file has a checksum; see `stored.Reader`."""
+        return self._archive is not None
+
     def read(
         self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """Returns the regions; see `stored.Reader`. HDF5 reads with one thread."""
-        found = [self._read_one(region) for region in regions]
-        return found if into is None else copy_into(into, found)
+        """Returns the regions; see `stored.Reader`."""
+        targets = (
+            [make_array(region.shape, as_dtype(region.leaf.dtype)) for region in regions] if into is None else into
+        )
+        for region, target in zip(regions, targets, strict=True):
+            offset = self._find_offset(region)
+            if offset is None:
+                target[...] = self._read_by_hdf5(region)
+            else:
+                self._read_at(offset, target, region.leaf)
+        return list(targets)
 
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
         """Checks the archive's checksum; a `.weights.h5` has none, so that only its reading is tried."""
         if self._archive is None:
             for leaf in leaves:
-                self._read_one(Region(leaf))
+                self.read([Region(leaf)], threads)
             return
         self._check_member()
 
@@ -88,8 +103,10 @@ class KerasReader:
             raise UnsupportedFormat(f"{self.path} has no {_MEMBER}: it is no .keras file of Keras 3") from error
         if info.compress_type != zipfile.ZIP_STORED:
             _refuse_bomb(_MEMBER, info.file_size, info.compress_size)
+            self._start = None  # in memory only
             return io.BytesIO(self._archive.read(info))
-        return _Window(self._file, self._find_data(info), info.file_size)
+        self._start = self._find_data(info)
+        return _Window(self._file, self._start, info.file_size)
 
     def _find_data(self, info: zipfile.ZipInfo) -> int:
         """Returns where in the file a stored member's bytes begin."""
@@ -114,15 +131,28 @@ class KerasReader:
                 f"{self.path}: {_MEMBER} is damaged ({error}); restore another checkpoint"
             ) from error
 
-    def _read_manifest(self) -> Mapping[str, Any]:  # JSON
-        try:
-            text = self._archive.read(_MANIFEST_NAME) if self._archive is not None else b"{}"
-        except KeyError:
+    def _read_manifest(self) -> Mapping[str, Any]:
+        if self._archive is None or MANIFEST_NAME not in self._archive.namelist():
             return {}
-        manifest: dict[str, Any] = json.loads(text)
-        return manifest
+        return parse_manifest(self._archive.read(MANIFEST_NAME), self.path)
 
-    def _read_one(self, region: Region) -> np.ndarray:
+    def _find_offset(self, region: Region) -> int | None:
+        """Returns where in the file a whole dataset lies in one piece, in our byte order; `None` if it does not."""
+        dataset = self._datasets[region.leaf.name]
+        if self._start is None or not region.is_whole or not dataset.dtype.isnative:
+            return None
+        offset = dataset.id.get_offset()
+        return None if offset is None else self._start + int(offset)
+
+    def _read_at(self, offset: int, target: np.ndarray, leaf: StoredLeaf) -> None:
+        pending = target.reshape(-1).view(np.uint8).data
+        while pending.nbytes:
+            count = os.preadv(self._file.fileno(), [pending], offset)
+            if count == 0:
+                raise CheckpointDamaged(f"{leaf.name}: {self.path} ends within it; restore another checkpoint")
+            pending, offset = pending[count:], offset + count
+
+    def _read_by_hdf5(self, region: Region) -> np.ndarray:
         dataset = self._datasets[region.leaf.name]
         try:
             found = dataset[tuple(slice(start, stop) for start, stop in region.box)]

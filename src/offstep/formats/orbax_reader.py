@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offstep import manifest
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
 from offstep.formats.image_reader import ChunkedArray, ImageReader
 from offstep.formats.ocdbt_index import UnknownLayout, read_index
 from offstep.formats.tensorstore_reader import TensorStoreReader
 from offstep.records import PathKey
 from offstep.stored import Contents, Region, StoredLeaf
-
-MANIFEST_NAME = "offstep.json"
-FORMAT_VERSION = 1
-"""The newest that this version reads."""
 
 _SEQUENCE_KEY = 1
 _ITEM_NAMES = ("pytree", "state", "default")  # Keras's and ours, Orbax v1's, Orbax v0's
@@ -56,13 +54,18 @@ class OrbaxReader:
                 "manifest.ocdbt); give the directory of one step, or that of all steps"
             )
         self.path = checkpoint
-        manifest = read_manifest(checkpoint)
+        written = read_manifest(checkpoint)
         metadata = _read_json(item / "_METADATA")
         entries = _list_entries(metadata)
         self._arrays: ImageReader | TensorStoreReader = _open_arrays(item, metadata, [name for name, _, _ in entries])
         self._names = {path: name for name, path, _ in entries}
         leaves = _make_leaves(entries, self._arrays.arrays, _read_prng_impls(item))
-        self.contents = Contents("orbax_directory", leaves, bool(manifest), manifest)
+        self.contents = Contents("orbax_directory", leaves, bool(written), written)
+
+    @property
+    def is_checked_fast(self) -> bool:
+        """Whether `verify` costs much less than reading; see `stored.Reader`."""
+        return self.is_direct
 
     @property
     def is_direct(self) -> bool:
@@ -84,29 +87,38 @@ class OrbaxReader:
         self._arrays.close()
 
 
-def read_manifest(checkpoint: Path) -> Mapping[str, Any]:  # JSON
-    """Returns what `offstep.json` says, nothing where there is none.
+def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
+    """Returns the fields of `manifest.Manifest` as `offstep.json` has them; nothing where there is no such file.
 
     Raises:
         UnsupportedFormat: a newer version of offstep wrote the checkpoint.
-        CheckpointDamaged: the file is no JSON object.
+        CheckpointDamaged: it is not what was written.
     """
-    path = checkpoint / MANIFEST_NAME
+    path = checkpoint / manifest.MANIFEST_NAME
     if not path.is_file():
         return {}
-    manifest = _read_json(path)
-    check_version(manifest, checkpoint)
-    return manifest
+    with path.open("rb") as file:
+        return parse_manifest(file.read(manifest.MAX_BYTES + 1), checkpoint)
 
 
-def check_version(manifest: Mapping[str, Any], path: Path) -> None:  # JSON
-    """Raises `UnsupportedFormat` if a newer version of offstep wrote the checkpoint at `path`."""
-    version = manifest.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+def parse_manifest(text: bytes, origin: Path) -> Mapping[str, Any]:
+    """Reads the text of a manifest; see `read_manifest`."""
+    version = _find_version(text)
+    if version is not None and version > manifest.FORMAT_VERSION:
         raise UnsupportedFormat(
-            f"{path} has format version {version}, this offstep reads up to {FORMAT_VERSION}; upgrade offstep, or load "
-            "it with keras.saving.load_model or Orbax"
+            f"{origin} has format version {version}, this offstep reads up to {manifest.FORMAT_VERSION}; upgrade "
+            "offstep, or load it with keras.saving.load_model or Orbax"
         )
+    try:
+        return vars(manifest.parse(text))
+    except ValueError as error:
+        raise CheckpointDamaged(f"{origin}: {error}; restore another checkpoint") from error
+
+
+def _find_version(text: bytes) -> int | None:
+    """Returns the format version, whatever else is in the text; `None` where it does not say."""
+    found = re.search(rb'"format_version":\s*(\d{1,9})', text)
+    return None if found is None else int(found[1])
 
 
 def _read_json(path: Path) -> dict[str, Any]:  # JSON
