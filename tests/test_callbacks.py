@@ -820,3 +820,44 @@ def test_each_of_300_checkpoints_in_a_row_holds_one_state(tmp_path: Path) -> Non
         assert all(np.all(array == step) for array in prints)
         if step < 300:
             assert np.array_equal(state["trainable_variables/last/bias"], biases[step - 1])
+
+
+# -------------------------------------------------------------------------------------------------- what is kept
+
+
+class Losses(keras.callbacks.Callback):
+    """Says what the loss was, in the place of what it was."""
+
+    def __init__(self, *losses: float) -> None:
+        super().__init__()
+        self._losses = losses
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        assert logs is not None
+        logs["val_loss"] = self._losses[epoch]
+
+
+def test_the_best_epochs_stay_beside_the_newest(tmp_path: Path) -> None:
+    ours = ModelCheckpoint(tmp_path / "{step}", max_to_keep=1, keep_best=2)
+    fit(make_model(), [Losses(3.0, 1.0, 2.0, 4.0, 5.0), ours], epochs=5)
+    assert list_steps(tmp_path) == [14, 21, 35]
+
+
+def test_the_best_of_an_earlier_run_is_to_be_beaten_only_if_asked(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_best_only": True, "max_to_keep": 5}
+    fit(make_model(), [Losses(3.0, 1.0), ModelCheckpoint(tmp_path / "{step}", **options)])
+    assert list_steps(tmp_path) == [7, 14]
+    resumed = ModelCheckpoint(tmp_path / "{step}", resume_best=True, **options)
+    model = make_model()
+    fit(model, [])
+    fit(model, [Losses(2.0, 0.5), resumed])
+    assert list_steps(tmp_path) == [7, 14, 28]
+    assert resumed.best == 0.5
+    anew = ModelCheckpoint(tmp_path / "{step}", **options)
+    fit(model, [Losses(2.0, 3.0), anew])
+    assert list_steps(tmp_path) == [7, 14, 28, 35]
+
+
+def test_the_best_can_be_resumed_from_one_directory_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_best needs a directory whose name has no fields\. Received: "):
+        ModelCheckpoint(tmp_path / "{epoch}", resume_best=True)

@@ -224,6 +224,63 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path, mode: Any) -> No
 # ------------------------------------------------------------------------------------------------- which steps
 
 
+def save_losses(directory: Path, losses: dict[int, float], **options: Any) -> list[str]:
+    with Checkpointer(directory, **options) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, tree(), metrics={"loss": loss})
+    return sorted(os.listdir(directory), key=int)
+
+
+LOSSES = {1: 5.0, 2: 1.0, 3: 2.0, 4: 0.5, 5: float("nan"), 6: 7.0, 7: 6.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"max_to_keep": 2}, ["6", "7"]),
+        ({"max_to_keep": 2, "monitor": "loss"}, ["4", "6", "7"]),
+        ({"max_to_keep": 1, "monitor": "loss", "keep_best": 3}, ["2", "3", "4", "7"]),
+        ({"max_to_keep": 1, "monitor": "loss", "mode": "max"}, ["6", "7"]),
+        ({"max_to_keep": 1, "keep_every": 3}, ["3", "6", "7"]),
+        ({"max_to_keep": 1, "monitor": "loss", "keep_every": 3}, ["3", "4", "6", "7"]),
+        ({"max_to_keep": 1, "monitor": "accuracy"}, ["7"]),
+    ],
+)
+def test_the_best_and_every_nth_step_stay_beside_the_newest(
+    tmp_path: Path, options: dict[str, Any], kept: list[str]
+) -> None:
+    assert save_losses(tmp_path, LOSSES, **options) == kept
+
+
+def test_the_best_of_an_earlier_run_stays(tmp_path: Path) -> None:
+    save_losses(tmp_path, {1: 0.1})
+    assert save_losses(tmp_path, {2: 5.0, 3: 4.0, 4: 6.0}, max_to_keep=1, monitor="loss") == ["1", "4"]
+
+
+def test_weights_that_are_not_finite_never_retire_finite_ones(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, max_to_keep=1) as checkpointer:
+        for step, value in [(1, 1.0), (2, 2.0), (3, float("nan")), (4, float("inf"))]:
+            checkpointer.save(step, {"w": jnp.full(3, value)})
+            checkpointer.wait()
+        assert checkpointer.all_steps() == [2, 4]
+        checkpointer.save(5, {"w": jnp.full(3, 5.0)})
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [5]
+
+
+def test_a_damaged_step_is_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, tree())
+            checkpointer.wait()
+        (tmp_path / "2/pytree/_METADATA").unlink()
+        os.utime(tmp_path / "2")  # what damages a file does not tell its directory; the size is looked at once
+        checkpointer.save(3, tree())
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 3]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"]
+
+
 def test_all_and_latest_steps_are_the_durable_ones(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.all_steps() == []
@@ -595,6 +652,10 @@ def test_a_failure_inside_a_with_block_is_not_hidden_by_the_error_of_the_block(t
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_to_keep": 0}, r"max_to_keep must be None or an integer of at least 1\. Received: 0"),
+    ({"keep_best": 2}, r"keep_best says what stays beside the newest: give max_to_keep too. Received: keep_best=2"),
+    ({"keep_every": 0, "max_to_keep": 1}, r"keep_every must be None or an integer of at least 1. Received: 0"),
+    ({"keep_best": 2, "max_to_keep": 1}, r"keep_best needs the name of a metric in monitor. Received: keep_best=2"),
+    ({"mode": "auto"}, r"mode must be 'min' or 'max'. Received: 'auto'"),
     ({"max_to_keep": 1.5}, r"max_to_keep must be .* Received: 1\.5"),
     ({"slots": 0}, r"slots must be an integer of at least 1\. Received: 0"),
     ({"slots": "2"}, r"slots must be .* Received: '2'"),

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
-from offstep import keras_formats, keras_state
+from offstep import keras_formats, keras_state, retention
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
-from offstep.checkpointer import check_full_every, check_max_to_keep
+from offstep.checkpointer import check_full_every
 from offstep.destination import Destination
 from offstep.engine import Engine, Target
 from offstep.keras_decisions import DecidingCheckpoint
@@ -47,7 +47,12 @@ class ModelCheckpoint(DecidingCheckpoint):
             `"10min"`, `"2h"`: then at the end of the first batch after it has passed.
         initial_value_threshold: What the first best has to beat.
         max_to_keep: How many of the newest steps of a directory stay, or of the files that this run saved; `None`
-            keeps all.
+            keeps all. In a directory the best by `monitor` stays beside them, and a step with NaN or infinite values
+            never retires one without.
+        keep_best: How many of the best steps of a directory stay; 1 unless given.
+        keep_every: Steps that are multiples of it stay as well.
+        resume_best: Begin with the best value of `monitor` that the directory has, so that a run which is continued
+            does not save as best what is worse; by default the first value is the best, as in Keras.
         slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
         on_busy: When all slots are on their way: `"wait"` for one, `"skip"` the save, or let the `"latest"` replace
             the oldest that the writer has not begun (needs two slots). What is dropped is counted, and said once.
@@ -85,6 +90,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         initial_value_threshold: float | None = None,
         *,
         max_to_keep: int | None = None,
+        keep_best: int | None = None,
+        keep_every: int | None = None,
+        resume_best: bool = False,
         slots: int = 2,
         on_busy: OnBusy = "wait",
         on_error: OnError = "raise",
@@ -112,8 +120,8 @@ class ModelCheckpoint(DecidingCheckpoint):
             overhead_budget=overhead_budget,
             clock=clock,
         )
-        check_max_to_keep(max_to_keep)
-        self._max_to_keep = max_to_keep
+        retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
+        self._max_to_keep, self._keep_best, self._keep_every = max_to_keep, keep_best or 1, keep_every
         self.filepath = filepath
         if self._destination.is_file:
             keras.callbacks.ModelCheckpoint(self.filepath, save_weights_only=save_weights_only)  # its checks, its words
@@ -131,6 +139,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         )
         if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
+        if resume_best and not self._destination.is_constant:
+            raise ValueError(f"resume_best needs a directory whose name has no fields. Received: filepath={filepath}")
+        self._resumes_best = resume_best
         self._skip_unchanged = skip_unchanged
         self._engine = Engine(options, on_durable=self._say_durable)
         # Snapshots are taken in hooks that Keras always calls on the training thread. Where its dispatch calls
@@ -197,6 +208,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._is_in_fit = keras_state.is_in_fit(self._model)
         self._schedule.begin()
         self._destination.fix()
+        if self._resumes_best:
+            self._resume_best(self._destination.read_manifests())
         self._open()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -330,6 +343,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             step_leaf=self._iteration_index,
             step_divisor=self._steps.divisor,
             manifest=manifest,
+            ranking=self._rank(self._keep_best, self._keep_every),
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
             started=started,
             compute_seconds=compute_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from offstep import manifest
 from offstep.commit import OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
+from offstep.manifest import Manifest
 
 COMMIT_MARKERS = ("_CHECKPOINT_METADATA", "pytree/manifest.ocdbt")
 
@@ -63,6 +65,44 @@ def replaced(root: os.PathLike[str] | str) -> dict[Path, Path]:
     """Returns the checkpoints in `root` that made room for a newer one, each with the name that it had."""
     found = ((name, _REPLACED_NAME.fullmatch(name)) for name in sorted(_list_names(Path(root))))
     return {Path(root, name): Path(root, match["final"]) for name, match in found if match is not None}
+
+
+class Census:
+    """The manifests of what is committed in directories of steps, read once for each checkpoint."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[_Identity, Manifest]] = {}
+
+    def look(self, root: Path) -> list[Manifest]:
+        """Returns the manifests of the whole checkpoints in `root`, by step; of one without, the step alone."""
+        found = [(step, root / str(step)) for step in named_steps(root)]
+        looked = [self._look_at(step, path) for step, path in found]
+        present = {path for _, path in found}
+        self._known = {path: entry for path, entry in self._known.items() if path.parent != root or path in present}
+        return [written for written in looked if written is not None]
+
+    def _look_at(self, step: int, path: Path) -> Manifest | None:
+        identity = _identify(path)
+        known = self._known.get(path)
+        if known is not None and known[0] == identity:
+            return known[1]
+        if identity is None or not is_committed(path):
+            return None
+        written = manifest.read(path) or Manifest(step)
+        # The name counts: a checkpoint that was copied to another step is that step.
+        self._known[path] = identity, dataclasses.replace(written, step=step)
+        return self._known[path][1]
+
+
+_Identity = tuple[int, int, int] | None
+
+
+def _identify(path: Path) -> _Identity:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def is_committed(checkpoint: Path) -> bool:

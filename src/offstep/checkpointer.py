@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from offstep import catalog, commit
+from offstep import catalog, commit, retention
 from offstep.engine import Engine, Target
 from offstep.errors import CheckpointNotFound, UnsupportedLeaf
 from offstep.leaf_paths import list_paths, path_keys
@@ -36,7 +36,12 @@ class Checkpointer:
 
     Args:
         directory: Where the steps go; made if missing.
-        max_to_keep: How many of the newest steps stay; `None` keeps all.
+        max_to_keep: How many of the newest steps stay, and beside them the best by `monitor`; `None` keeps all. One
+            with NaN or infinite values never retires one without.
+        keep_best: How many of the best stay; 1 where there is a `monitor`.
+        keep_every: Steps that are multiples of it stay as well.
+        monitor: Name of the metric, among those given to `save`, that says which step is best.
+        mode: Whether `"min"` or `"max"` of it is best.
         slots: How many snapshots may be on their way at once; each takes host memory of the size of the state.
         on_busy: When all slots are on their way: `"wait"` for one, `"skip"` the save, or let the `"latest"` replace
             the oldest that the writer has not begun (needs two slots). What is dropped is counted, and said once.
@@ -70,6 +75,10 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         max_to_keep: int | None = None,
+        keep_best: int | None = None,
+        keep_every: int | None = None,
+        monitor: str | None = None,
+        mode: retention.Mode = "min",
         slots: int = 2,
         on_busy: OnBusy = "wait",
         on_error: OnError = "raise",
@@ -81,7 +90,12 @@ class Checkpointer:
         full_every: int | None = None,
         retry_seconds: float = 30.0,
     ) -> None:
-        check_max_to_keep(max_to_keep)
+        retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max'. Received: {mode!r}")
+        if keep_best is not None and monitor is None:
+            raise ValueError(f"keep_best needs the name of a metric in monitor. Received: {keep_best=}")
+        self._ranking = retention.Ranking(monitor, mode, keep_best or 1, keep_every)
         check_full_every(full_every, is_skipping=bool(skip_unchanged))
         self._is_frozen = skip_unchanged if callable(skip_unchanged) else lambda _: skip_unchanged
         options = Options(
@@ -128,7 +142,7 @@ class Checkpointer:
             self._treedef = treedef
         target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
         about = {"metrics": numbers, "versions": {"jax": jax.__version__}}
-        return self._engine.save(arrays, step, lambda _: target, manifest=about)
+        return self._engine.save(arrays, step, lambda _: target, manifest=about, ranking=self._ranking)
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until everything saved so far is durable.
@@ -202,12 +216,6 @@ class Checkpointer:
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
         self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self)
-
-
-def check_max_to_keep(max_to_keep: int | None) -> None:
-    """Raises a `ValueError` unless `max_to_keep` is `None` or at least 1."""
-    if max_to_keep is not None and (not isinstance(max_to_keep, int) or max_to_keep < 1):
-        raise ValueError(f"max_to_keep must be None or an integer of at least 1. Received: {max_to_keep!r}")
 
 
 def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from offstep import commit, policy
+from offstep import catalog, commit, policy
 from offstep.engine import Target
+from offstep.manifest import Manifest
 from offstep.pending import PendingSave
 
 Fields = Mapping[str, object]
@@ -61,6 +62,15 @@ class Destination:
         commit.probe_directory(self._base)
         if not self.template.fields:
             self.refuse_directory(self.template.format({}))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is one directory, whatever the fields."""
+        return not self.is_file and not self._root.fields
+
+    def read_manifests(self) -> list[Manifest]:
+        """Returns the manifests of what is committed in the one directory."""
+        return catalog.Census().look(self._absolute(self._root.text))
 
     def refuse_directory(self, filepath: str) -> None:
         """Raises an `OSError` in the words of Keras if a directory is where a file shall go."""

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,6 +23,7 @@ from offstep.pending import PendingSave
 from offstep.records import Job, Leaf, PathKey, SaveStats
 from offstep.rendering import Rendering, make_image, read_arrays
 from offstep.reports import Counts, Outcome, Reports
+from offstep.retention import Ranking
 from offstep.snapshot import Array, Snapshotter
 
 
@@ -204,6 +205,7 @@ class Engine:
         step_leaf: int | None = None,
         step_divisor: int = 1,
         manifest: dict[str, Any] | None = None,
+        ranking: Ranking | None = None,
         note: str = "",
         started: float | None = None,
         compute_seconds: float = 0.0,
@@ -220,6 +222,7 @@ class Engine:
             step_leaf: Index of an array that holds the step itself; then `step` is only what is expected.
             step_divisor: How many counts of that array make one step.
             manifest: JSON to keep with the checkpoint.
+            ranking: Which steps stay beside the newest ones.
             note: Kept with the pending save.
             started: `time.monotonic()` at which the caller's hook began.
             compute_seconds: How long it has waited since then until a training step was computed.
@@ -242,7 +245,18 @@ class Engine:
             self._reports.skip(pending)
             return None
         number = opened.writer.next_job_number()
-        work = _Work(number, opened, slot, pending, target, step_leaf, step_divisor, manifest or {}, started)
+        work = _Work(
+            number,
+            opened,
+            slot,
+            pending,
+            target,
+            step_leaf,
+            step_divisor,
+            manifest or {},
+            started,
+            ranking or Ranking(),
+        )
         self._reports.expect(number, pending)
         try:
             self._start(work, arrays)
@@ -343,6 +357,7 @@ class Engine:
             siblings=target.siblings,
             file_bytes=None if content is None else len(content),
             manifest=work.manifest | {"step": step, "run": work.opened.writer.run},
+            ranking=asdict(work.ranking),
             full_every=self._options.full_every,
             retry_seconds=self._options.retry_seconds,
         )
@@ -444,6 +459,7 @@ class _Work:
     step_divisor: int
     manifest: dict[str, Any]  # JSON
     started: float
+    ranking: Ranking
 
     def read_step(self) -> int:
         """Returns the step that the snapshot itself holds."""

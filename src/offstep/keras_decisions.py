@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import keras
@@ -11,6 +11,8 @@ import numpy as np
 
 from offstep import keras_state, policy
 from offstep.frequency import Frequency, parse_budget
+from offstep.manifest import Manifest, find_best
+from offstep.retention import Ranking
 
 
 class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
@@ -95,6 +97,27 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     def _pause(self) -> None:
         if self._frequency is not None:
             self._frequency.pause()
+
+    def _rank(self, keep_best: int, keep_every: int | None) -> Ranking:
+        direction = self._find_direction()
+        if direction is None:  # nobody can say which is best
+            return Ranking(keep_every=keep_every)
+        return Ranking(self.monitor, direction, keep_best, keep_every)
+
+    def _resume_best(self, manifests: Sequence[Manifest]) -> None:
+        found = find_best(manifests, self.monitor, mode=self._find_direction() or "min")
+        if found is not None and self._is_improvement(found.metrics[self.monitor], self.best):
+            self.best = found.metrics[self.monitor]
+
+    def _find_direction(self) -> Literal["min", "max"] | None:
+        if self.monitor_op is None:
+            try:
+                self._set_monitor_op()
+            except ValueError:  # Keras cannot tell, and says so where it has to know
+                return None
+        if self.monitor_op not in (keras.ops.less, keras.ops.greater):
+            return None
+        return "max" if self.monitor_op is keras.ops.greater else "min"
 
     def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
         if self.monitor_op is None:

@@ -25,6 +25,38 @@ class Kept:
     finite: bool = True
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Which checkpoints stay beside the newest.
+
+    Attributes:
+        monitor: Name of the metric that says which is best; `None` where there is none.
+        mode: Whether a smaller or a greater metric is better.
+        keep_best: How many of the best stay.
+        keep_every: Steps that are multiples of it stay as well.
+    """
+
+    monitor: str | None = None
+    mode: Mode = "min"
+    keep_best: int = 1
+    keep_every: int | None = None
+
+
+def check_counts(*, max_to_keep: int | None, keep_best: int | None, keep_every: int | None) -> None:
+    """Checks what the user wants to keep.
+
+    Raises:
+        ValueError: a count is out of range, or says what stays beside the newest where all stay.
+    """
+    for name, count in (("max_to_keep", max_to_keep), ("keep_best", keep_best), ("keep_every", keep_every)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} must be None or an integer of at least 1. Received: {count!r}")
+        if name != "max_to_keep" and count is not None and max_to_keep is None:
+            raise ValueError(
+                f"{name} says what stays beside the newest: give max_to_keep too. Received: {name}={count}"
+            )
+
+
 def select_expired(
     steps: Iterable[int | Kept],
     newest: int,

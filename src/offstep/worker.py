@@ -24,7 +24,9 @@ from typing import Any
 from offstep import catalog, commit, recovery, retention
 from offstep.buffers import Claim, Slot
 from offstep.formats import FORMATS
+from offstep.manifest import Manifest
 from offstep.records import Job, Plan
+from offstep.retention import Kept, Ranking
 from offstep.retry import retry
 from offstep.wire import Channel, Message
 
@@ -43,6 +45,7 @@ class _Holdings:
     claims: dict[int, Claim] = field(default_factory=dict)
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
     roots: set[str] = field(default_factory=set)
+    census: catalog.Census = field(default_factory=catalog.Census)
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -145,7 +148,7 @@ def _save(job: Job, holdings: _Holdings) -> Message:
         "remarks": remarks,
     }
     try:
-        _retire(job)
+        _retire(job, holdings.census)
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
     return answer
@@ -166,17 +169,32 @@ def _write(job: Job, prepared: Any, slot: mmap.mmap) -> int:
     return FORMATS[job.format].write(job, prepared, slot)
 
 
-def _retire(job: Job) -> None:
+def _retire(job: Job, census: catalog.Census) -> None:
     if FORMATS[job.format].is_file:
         _retire_files(job)
         return
     if job.keep is None and not job.replace_all:
         return
     root = Path(job.root)
+    fault = catalog.find_fault(root / str(job.step))
+    if fault is not None:
+        raise OSError(errno.EIO, f"step {job.step} is not what was written ({fault}), so the older ones stay")
+    ranking = Ranking(**job.ranking)
     for step in retention.select_expired(
-        catalog.list_steps(root), job.step, keep=job.keep, replace_all=job.replace_all
+        [_describe(written, ranking.monitor) for written in census.look(root)],
+        job.step,
+        keep=job.keep,
+        replace_all=job.replace_all,
+        keep_best=ranking.keep_best,
+        keep_every=ranking.keep_every,
+        mode=ranking.mode,
     ):
         commit.remove_directory(root / str(step))
+
+
+def _describe(written: Manifest, monitor: str | None) -> Kept:
+    metric = None if monitor is None else written.metrics.get(monitor)
+    return Kept(written.step, metric, finite=not written.nonfinite)
 
 
 def _retire_files(job: Job) -> None:
