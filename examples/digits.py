@@ -1,14 +1,14 @@
-"""A MiniVGGNet on handwritten digits that is saved while it trains, restored by stock Keras, killed, and continued.
+"""A MiniVGGNet on handwritten digits that is saved while it trains, restored by stock Keras, killed, and resumed.
 
-python examples/digits.py                       the whole demonstration, in a temporary directory
-python examples/digits.py train ckpts           train, saving into ckpts/<step>
-python examples/digits.py train ckpts --resume  go on from the newest checkpoint
-python examples/digits.py evaluate ckpts        load the newest with stock Keras and evaluate it
+python examples/digits.py                   the whole demonstration, in a temporary directory
+python examples/digits.py train ckpts       train, saving into ckpts/<step>; again after a kill: go on where it was
+python examples/digits.py evaluate ckpts    load the newest with stock Keras and evaluate it
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -39,7 +39,7 @@ TEST_SIZE = 359
 KILL_AT_STEP = 72
 
 Split = tuple[np.ndarray, np.ndarray]
-Scores = dict[str, float]
+Scores = dict[str, Any]
 
 
 def load_data() -> tuple[Split, Split]:
@@ -74,22 +74,20 @@ def build_model() -> keras.Model:
     return model
 
 
-def train(root: Path, *, resume: bool, announce_steps: bool = False) -> tuple[keras.Model, ModelCheckpoint]:
-    """Trains to the end of the last epoch; on return all checkpoints are durable."""
+def train(root: Path, *, announce_steps: bool = False) -> tuple[keras.Model, ModelCheckpoint]:
+    """Trains to the end of the last epoch, from the newest checkpoint on; on return all checkpoints are durable."""
     # Only here, because `evaluate` shall restore with nothing but Keras.
     from offstep import ModelCheckpoint
 
     (images, labels), _ = load_data()
     keras.utils.set_random_seed(7)
-    model = keras.saving.load_model(str(root)) if resume else build_model()
-    steps_per_epoch = -(-len(images) // BATCH_SIZE)
-    checkpoint = ModelCheckpoint(f"{root}/{{step}}", save_freq=SAVE_EVERY, max_to_keep=5)
+    model = build_model()
+    checkpoint = ModelCheckpoint(f"{root}/{{step}}", save_freq=SAVE_EVERY, max_to_keep=5, resume=True)
     model.fit(
         images,
         labels,
         batch_size=BATCH_SIZE,
         epochs=EPOCHS,
-        initial_epoch=int(model.optimizer.iterations) // steps_per_epoch,
         callbacks=[checkpoint, announce()] if announce_steps else [checkpoint],
         verbose=0,
     )
@@ -108,6 +106,12 @@ def evaluate(model: keras.Model) -> Scores:
     images, labels = load_data()[1]
     scores = model.evaluate(images, labels, verbose=0, return_dict=True)
     return {"step": int(model.optimizer.iterations), **scores}
+
+
+def digest(model: keras.Model) -> str:
+    """Returns a checksum of all weights, the optimizer's state and the layers' random generators."""
+    variables = [*model.variables, *model.optimizer.variables]
+    return hashlib.sha256(b"".join(np.asarray(variable.value).tobytes() for variable in variables)).hexdigest()
 
 
 def evaluate_newest(root: Path) -> Scores:
@@ -159,45 +163,48 @@ def describe(scores: Scores) -> str:
     return f"step {scores['step']}: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.6f}"
 
 
-def show_restore(console: Console, root: Path) -> None:
-    """Trains with saves, and compares the live model with what a fresh process restores."""
+def show_restore(console: Console, root: Path) -> str:
+    """Trains with saves, and compares the live model with what a fresh process restores; returns its digest."""
     console.rule(f"train, saving every {SAVE_EVERY} batches")
-    model, checkpoint = train(root, resume=False)
+    model, checkpoint = train(root)
     console.print(tabulate(list(checkpoint.stats)))
-    live = evaluate(model)
+    trained, live = digest(model), evaluate(model)
     restored = run_again("evaluate", str(root))
     console.print("in the process that trained     ", describe(live))
     console.print("fresh process, stock Keras only ", describe(restored))
     if (live["step"], live["accuracy"]) != (restored["step"], restored["accuracy"]):
         sys.exit("the restored model differs from the one that was saved")
     console.print("equal")
+    return trained
 
 
-def show_kill(console: Console, root: Path) -> None:
-    """Kills a training run, restores its newest checkpoint, and trains on from it."""
-    console.rule("kill -9 in the middle of a run")
+def show_kill(console: Console, root: Path, expected: str) -> None:
+    """Kills a training run in mid-epoch and starts it again; what comes out has to have the expected digest."""
+    console.rule("kill -9 in the middle of an epoch, then the same command again")
     killed_at = train_and_kill(root)
     restored = run_again("evaluate", str(root))
     console.print(f"killed after step {killed_at}")
     console.print("newest checkpoint, stock Keras  ", describe(restored))
-    finished = run_again("train", str(root), "--resume")
-    console.print("trained on from it to the end   ", describe(finished))
+    finished = run_again("train", str(root))
+    console.print("resumed, trained to the end     ", describe(finished))
     if not 0 < restored["step"] <= killed_at < finished["step"]:
         sys.exit("training did not continue from the newest checkpoint")
+    if finished["digest"] != expected:
+        sys.exit("the resumed training did not end as the one that was not killed")
+    console.print(f"equal, bit for bit, to the run that was not killed: weights, optimizer, seeds {expected[:16]}")
 
 
 def show_all() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as directory:
-        show_restore(console, Path(directory, "ckpts"))
-        show_kill(console, Path(directory, "killed"))
+        expected = show_restore(console, Path(directory, "ckpts"))
+        show_kill(console, Path(directory, "killed"), expected)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("train", "evaluate"))
     parser.add_argument("root", nargs="?", type=Path, help="directory of the checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--announce-steps", action="store_true", help="print every step that is done")
     options = parser.parse_args()
     if options.command is None:
@@ -207,8 +214,9 @@ def main() -> None:
     elif options.command == "evaluate":
         print(json.dumps(evaluate_newest(options.root)))
     else:
-        model, _ = train(options.root, resume=options.resume, announce_steps=options.announce_steps)
-        print(json.dumps(evaluate(model)))
+        model, _ = train(options.root, announce_steps=options.announce_steps)
+        trained = digest(model)  # before the evaluation counts in its metrics
+        print(json.dumps(evaluate(model) | {"digest": trained}))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,27 @@ def nothing_is_left_behind() -> Iterator[None]:
         pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets models that are made again and again in a module be compiled once."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def _find_owned() -> set[str]:
     return _find_children() | _find_threads() | _find_memfds()
 

@@ -20,6 +20,7 @@ from offstep.errors import (
 )
 
 if TYPE_CHECKING:
+    from offstep.backup import BackupAndRestore
     from offstep.callbacks import ModelCheckpoint
     from offstep.checkpointer import Checkpointer
     from offstep.discovery import best, latest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackupAndRestore",
     "BudgetExceeded",
     "CheckpointDamaged",
     "CheckpointNotFound",
@@ -58,6 +60,7 @@ __all__ = [
 
 # Imported on first use: the writer process imports this package too, and must not wait for Keras and JAX.
 _MODULES = {
+    "BackupAndRestore": "offstep.backup",
     "Checkpointer": "offstep.checkpointer",
     "ModelCheckpoint": "offstep.callbacks",
     "PendingSave": "offstep.pending",

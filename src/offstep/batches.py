@@ -20,7 +20,7 @@ class StepCounter:
     def __init__(self) -> None:
         self.batches = 0
         self.divisor = 1
-        self._last_batch = -1
+        self.last_batch = -1
 
     @property
     def current(self) -> int:
@@ -29,7 +29,7 @@ class StepCounter:
 
     def begin_epoch(self) -> None:
         """The next batch is the first one again."""
-        self._last_batch = -1
+        self.last_batch = -1
 
     def correct(self, batches: int | None) -> None:
         """Takes over what was read from the optimizer, if it has a counter."""
@@ -38,8 +38,8 @@ class StepCounter:
 
     def count(self, batch: int) -> None:
         """Counts up to `batch`, which is 0-based in its epoch."""
-        self.batches += batch - self._last_batch if batch > self._last_batch else batch + 1
-        self._last_batch = batch
+        self.batches += batch - self.last_batch if batch > self.last_batch else batch + 1
+        self.last_batch = batch
 
 
 class Dispatch:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import keras
 
 from offstep import keras_formats, keras_state, retention
+from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every
 from offstep.destination import Destination
 from offstep.engine import Engine, Target
 from offstep.keras_decisions import DecidingCheckpoint
+from offstep.keras_resume import Event, Moment, Resumption
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
 from offstep.records import SaveStats
@@ -23,6 +25,13 @@ from offstep.reports import Counts
 
 _VERSIONS = {"keras": keras.__version__, "jax": version("jax")}  # read once: it takes longer than a small snapshot
 _BATCH_ENDS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
+
+_REMEMBERED = (
+    "best",
+    "_current_epoch",
+    "_batches_seen_since_last_saving",
+    "_last_batch_seen",
+)
 
 
 class ModelCheckpoint(DecidingCheckpoint):
@@ -70,6 +79,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
+        resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
+            not been interrupted; see `BackupAndRestore`. Not with Keras's files, nor with `save_weights_only`.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -105,6 +116,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         overhead_budget: str | float | None = None,
         retry_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        resume: bool = False,
     ) -> None:
         # Keras's checks know its own files only: they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
@@ -153,10 +165,13 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._order: tuple[int, ...] = ()  # which live array each leaf is
         self._iteration_index: int | None = None
         self._signature: object = None
+        self._event: Event = "epoch_end"  # the hook that a save is made in
+        self._epoch_logs: Logs | None = None
         self._steps = StepCounter()
         self._is_in_fit = False
         self._as_trained = False
         self._dispatch = Dispatch()
+        self._resumption = _make_resumption(self) if resume else None
 
     # Keras's constructor sets the filepath before the rest.
     save_weights_only = False
@@ -211,6 +226,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         if self._resumes_best:
             self._resume_best(self._destination.read_manifests())
         self._open()
+        if self._resumption is not None:
+            self._resumption.begin(self._model, self.filepath)
+            self._correct_steps()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Notes the epoch."""
@@ -220,20 +238,29 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._frequency.resume()
         self._steps.begin_epoch()
         self._correct_steps()
+        if self._resumption is not None:
+            self._resumption.begin_epoch(epoch)
 
     def on_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         """Does what was due after the batch before, while its state still exists.
 
         Keras's `on_train_batch_begin` calls it.
         """
-        self._catch_up()
+        if self._resumption is not None and self._resumption.begin_batch():
+            self._dispatch.begin_batch(batch, None)
+            self._dispatch.end_batch()
+            return
+        self._catch_up("train_batch_begin")
         self._dispatch.begin_batch(batch + self._steps_per_execution - 1, keras_state.last_step_id(self._model))
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Saves if due; on a thread of Keras's pool it only notes the logs."""
-        if self._dispatch.is_training_thread():
+        if self._resumption is not None and self._resumption.is_standing_in:
+            if self._dispatch.is_training_thread():
+                self._resumption.settle()
+        elif self._dispatch.is_training_thread():
             self._dispatch.end_batch()
-            self._after_batch(batch, logs)
+            self._after_batch("train_batch_end", batch, logs)
         elif self._decides_on_batches:
             self._dispatch.note(batch, dict(logs or {}))
 
@@ -243,14 +270,19 @@ class ModelCheckpoint(DecidingCheckpoint):
 
     def on_test_begin(self, logs: Logs | None = None) -> None:
         """Saves what is due after the last batch of an epoch, before validation resets the metrics."""
+        if self._resumption is not None:
+            self._resumption.settle()
         if self._has_ended():
-            self._catch_up()
+            self._catch_up("test_begin")
         self._pause()
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves if due."""
+        if self._resumption is not None:
+            self._resumption.settle()
+        self._event, self._epoch_logs = "epoch_end", logs
         if self._has_ended():
-            self._catch_up()
+            self._catch_up("epoch_end")
         self._dispatch.end_batch()
         self._correct_steps()
         super().on_epoch_end(epoch, logs)  # saves if `save_freq` is "epoch"
@@ -262,26 +294,29 @@ class ModelCheckpoint(DecidingCheckpoint):
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Waits until everything is durable, and frees the slots."""
         if self._has_ended():
-            self._catch_up()
+            self._catch_up("epoch_end")
+        if self._resumption is not None:
+            self._resumption.end()
         self._engine.close()
         self._engine.raise_failures()
 
     def _has_ended(self) -> bool:
         return self._dispatch.has_ended(keras_state.last_step_id(self._model))
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, event: Event) -> None:
         batch = self._dispatch.end_batch()
         if batch is None:
             return
         # In `fit`, hooks of other callbacks may have changed the model since the batch ended; a loop driven by hand
-        # may change it before it says that the batch has ended.
-        self._as_trained = self._is_in_fit
+        # may change it before it says that the batch has ended. A training that is resumed goes on with their changes.
+        self._as_trained = self._is_in_fit and self._resumption is None
         try:
-            self._after_batch(batch, None)
+            self._after_batch(event, batch, None)
         finally:
             self._as_trained = False
 
-    def _after_batch(self, batch: int, logs: Logs | None) -> None:
+    def _after_batch(self, event: Event, batch: int, logs: Logs | None) -> None:
+        self._event = event
         self._engine.poll()
         self._steps.count(batch)
         if not self._should_save_on_batch(batch):
@@ -344,6 +379,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             step_divisor=self._steps.divisor,
             manifest=manifest,
             ranking=self._rank(self._keep_best, self._keep_every),
+            attachments=self._pack_extra(epoch, batch, logs),
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
             started=started,
             compute_seconds=compute_seconds,
@@ -406,6 +442,29 @@ class ModelCheckpoint(DecidingCheckpoint):
         """Waits for the last step to be computed; between epochs that costs nothing worth mentioning."""
         self._steps.correct(keras_state.read_iterations(self._model, as_trained=self._as_trained))
 
+    # ------------------------------------------------------------------------------------------------- resuming
+
+    def resume_for(self, owner: keras.callbacks.Callback, *, mid_epoch: bool) -> None:
+        """Resumes trainings in which `owner` is in the list of callbacks and passes its hooks on to this one."""
+        self._resumption = Resumption(owner, self._tell_once, mid_epoch=mid_epoch)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what a resumed training has to know of this callback: numbers and texts."""
+        steps = self._steps
+        return {name: getattr(self, name) for name in _REMEMBERED} | {"_steps": (steps.batches, steps.last_batch)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `get_state` returned."""
+        self._steps.batches, self._steps.last_batch = state["_steps"]
+        for name in _REMEMBERED:
+            setattr(self, name, state[name])
+
+    def _pack_extra(self, epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Attachment]:
+        if self._resumption is None:
+            return {}
+        logs = self._epoch_logs if self._event == "epoch_end" else logs
+        return self._resumption.pack(Moment(self._event, epoch, batch, packable_items(logs)))
+
     # -------------------------------------------------------------------------------------------------- talking
 
     def _say_durable(self, pending: PendingSave) -> None:
@@ -413,3 +472,13 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._frequency.note_durable(pending.stats.durable_seconds - pending.stats.compute_seconds)
         if self.verbose > 0:
             keras_state.print_message(pending.note)
+
+
+def _make_resumption(callback: ModelCheckpoint) -> Resumption:
+    if callback.save_weights_only:
+        raise ValueError("resume=True needs the optimizer's state too. Received: save_weights_only=True")
+    if callback._destination.is_file:
+        raise ValueError(f"resume=True needs a directory, such as 'ckpts/{{step}}'. Received: {callback.filepath}")
+    if keras.backend.backend() != "jax":
+        raise ValueError(f"resume=True needs Keras on JAX. Received: Keras on {keras.backend.backend()}")
+    return Resumption(callback, callback._tell_once)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any
 
 from offstep import lifecycle, writer
+from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
@@ -206,6 +207,7 @@ class Engine:
         step_divisor: int = 1,
         manifest: dict[str, Any] | None = None,
         ranking: Ranking | None = None,
+        attachments: Mapping[str, Attachment] | None = None,
         note: str = "",
         started: float | None = None,
         compute_seconds: float = 0.0,
@@ -223,6 +225,7 @@ class Engine:
             step_divisor: How many counts of that array make one step.
             manifest: JSON to keep with the checkpoint.
             ranking: Which steps stay beside the newest ones.
+            attachments: Files to put into the checkpoint, by name.
             note: Kept with the pending save.
             started: `time.monotonic()` at which the caller's hook began.
             compute_seconds: How long it has waited since then until a training step was computed.
@@ -254,6 +257,7 @@ class Engine:
             step_leaf,
             step_divisor,
             manifest or {},
+            attachments or {},
             started,
             ranking or Ranking(),
         )
@@ -363,7 +367,7 @@ class Engine:
         )
         if image is not None:
             work.opened.writer.add_slot(image)
-        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image))
+        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
         work.pending.mark_submitted()
 
     # ------------------------------------------------------------------------------------------------- reports
@@ -458,6 +462,7 @@ class _Work:
     step_leaf: int | None
     step_divisor: int
     manifest: dict[str, Any]  # JSON
+    attachments: Mapping[str, Attachment]
     started: float
     ranking: Ranking
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -212,6 +214,12 @@ class Template:
     def fields(self) -> frozenset[str]:
         """Names of all fields."""
         return frozenset(piece.field for piece in self._pieces if piece.field is not None)
+
+    @property
+    def pattern(self) -> str:
+        """What `glob` finds the names with."""
+        pieces = ((glob.escape(piece.text), "" if piece.field is None else "*") for piece in self._pieces)
+        return "".join(itertools.chain.from_iterable(pieces))
 
     def format(self, values: Mapping[str, object]) -> str:
         """Returns the name with `values` (numbers, or arrays of rank 0) filled in.

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ PROCESS_NICENESS = 5
 
 @dataclass
 class _Holdings:
-    """What the trainer has handed over: slots by number, with their claims, prepared plans by number;
+    """What the trainer has handed over: slots by number, with their claims, prepared plans by number, files to attach;
     and the roots seen so far.
 
     In place of a plan that could not be prepared there is the error, for the jobs that need it.
@@ -46,6 +47,7 @@ class _Holdings:
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
     roots: set[str] = field(default_factory=set)
     census: catalog.Census = field(default_factory=catalog.Census)
+    attachments: dict[int, dict[str, mmap.mmap]] = field(default_factory=dict)  # by job and name
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -96,12 +98,25 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
         case "drop_plan":
             del holdings.plans[message["plan"]]
+        case "attach":
+            holdings.attachments.setdefault(message["job"], {})[message["name"]] = _map(message["fd"], message["bytes"])
         case "save":
             job = Job(**message["job"])
             claim = holdings.claims.get(job.slot)
-            if claim is not None and claim.take(job.number):  # else the trainer has taken it back
-                return _save(job, holdings)
+            try:
+                if claim is not None and claim.take(job.number):  # else the trainer has taken it back
+                    return _save(job, holdings)
+            finally:
+                for attached in holdings.attachments.pop(job.number, {}).values():
+                    attached.close()
     return None
+
+
+def _map(descriptor: int, size_bytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(descriptor, size_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def _map_slot(descriptor: int, size_bytes: int) -> tuple[mmap.mmap, Claim]:
@@ -131,7 +146,8 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     try:
         _look_after(job.root, holdings)
         plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
-        written_bytes, remark = retry(lambda: _write(job, plan, slot), job.retry_seconds)
+        attachments = holdings.attachments.get(job.number, {})
+        written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         code = error.errno if isinstance(error, OSError) else None
         if code is None:
@@ -161,12 +177,12 @@ def _look_after(root: str, holdings: _Holdings) -> None:
         holdings.roots.add(root)
 
 
-def _write(job: Job, prepared: Any, slot: mmap.mmap) -> int:
+def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
     if isinstance(prepared, Exception):
         raise prepared
     if not Path(job.base).is_dir():
         raise FileNotFoundError(errno.ENOENT, "the directory to save into has vanished", job.base)
-    return FORMATS[job.format].write(job, prepared, slot)
+    return FORMATS[job.format].write(job, prepared, slot, attachments)
 
 
 def _retire(job: Job, census: catalog.Census) -> None:

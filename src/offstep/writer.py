@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offstep import worker
+from offstep.attachments import Attachment
 from offstep.buffers import Slot
 from offstep.records import Job, Plan
 from offstep.wire import Channel, Message
@@ -35,6 +36,7 @@ HELLO_SECONDS = 60.0
 
 _MAX_ATTEMPTS = 3
 _LAST_BREATH_SECONDS = 1.0
+_NONE: Mapping[str, Attachment] = {}
 _START = "import sys; sys.path[:] = {path!r}; from {entry} import main; main()"
 
 entry = "offstep.worker"
@@ -46,6 +48,7 @@ class _Submitted:
     job: Job
     message: Message
     on_outcome: Callable[[Outcome], None]
+    attachments: Mapping[str, Attachment]
     attempts: int = 1
 
 
@@ -146,20 +149,23 @@ class Writer:
         """Returns a text that only this job has, in all runs."""
         return f"{self._run}-{number}"
 
-    def submit(self, job: Job, on_outcome: Callable[[Outcome], None]) -> None:
+    def submit(
+        self, job: Job, on_outcome: Callable[[Outcome], None], attachments: Mapping[str, Attachment] = _NONE
+    ) -> None:
         """Hands a job over; once this returns it is written even if this process is killed.
 
         Args:
             job: What to write; its slot must not be touched until the outcome.
             on_outcome: Called once, by whichever thread collects the outcome.
+            attachments: Files to put into the checkpoint, by name.
         """
         message = {"do": "save", "job": asdict(job)}
         json.dumps(message)  # what cannot be sent must fail here, before anybody waits for it
         with self._lock:
             self.start()
             self._handed.slots[job.slot].claim.offer(job.number)
-            self._handed.jobs[job.number] = _Submitted(job, message, on_outcome)
-            is_told = self._tell(message)
+            submitted = self._handed.jobs[job.number] = _Submitted(job, message, on_outcome, attachments)
+            is_told = self._tell_job(submitted)
         if not is_told:
             self.collect()  # the writer has died while it had nothing to do: start another one now
 
@@ -274,6 +280,12 @@ class Writer:
         descriptor = None if self.in_process else slot.fd
         self._tell({"do": "add_slot", "slot": slot.number, "bytes": slot.size_bytes}, descriptor)
 
+    def _tell_job(self, submitted: _Submitted) -> bool:
+        for name, attachment in submitted.attachments.items():
+            note = {"do": "attach", "job": submitted.job.number, "name": name, "bytes": attachment.size_bytes}
+            self._tell(note, attachment.fd)
+        return self._tell(submitted.message)
+
     def _tell_plan(self, number: int) -> None:
         # A plan can be larger than the pipe's buffer; through a memfd sending it never blocks.
         descriptor = _spool(self._handed.plans[number])
@@ -297,7 +309,7 @@ class Writer:
             self._tell_plan(number)
         for number, submitted in self._handed.jobs.items():
             self._handed.slots[submitted.job.slot].claim.offer(number)  # the writer that died may have claimed it
-            self._tell(submitted.message)
+            self._tell_job(submitted)
         if reason:  # last, because a warning may be an error
             warnings.warn(
                 f"offstep cannot start its writer process ({reason}); it writes in a thread, which slows training.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,30 @@ class Format:
     Attributes:
         place: In the trainer, once for each structure: gives each leaf its place in a slot. Raises `UnsupportedLeaf`.
         prepare: In the writer, once for each plan: (plan, documents) → what `write` wants; documents are JSON.
-        write: In the writer, for each save: makes the slot durable under `job.target` and returns the bytes that were
-            written. Raises `OSError`.
+        write: In the writer, for each save: makes the slot durable under `job.target`, with files attached by name, and
+            returns the bytes that were written. Raises `OSError`.
         is_file: Whether a checkpoint is a single file rather than a directory in a root of steps.
     """
 
     place: Callable[[Sequence[Leaf], Sequence[tuple[tuple[PathKey, ...], str]]], Plan]
     prepare: Callable[[Plan, dict[str, Any] | None], Any]  # JSON; whatever the same format's `write` takes
-    write: Callable[[Job, Any, mmap.mmap], int]
+    write: Callable[[Job, Any, mmap.mmap, Mapping[str, mmap.mmap]], int]
     is_file: bool = False
+
+
+def _alone(
+    write: Callable[[Job, Any, mmap.mmap], int],
+) -> Callable[[Job, Any, mmap.mmap, Mapping[str, mmap.mmap]], int]:
+    def write_alone(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
+        assert not attachments, "there is no room for them in a single file"
+        return write(job, prepared, slot)
+
+    return write_alone
 
 
 FORMATS = {
     "orbax_directory": Format(orbax_step.place, orbax_step.prepare, orbax_step.write),
-    "keras_weights": Format(keras_weights.place, keras_weights.prepare, keras_weights.write, is_file=True),
-    "keras_archive": Format(keras_weights.place, keras_archive.prepare, keras_archive.write, is_file=True),
-    "whole_file": Format(keras_weights.place, whole_file.prepare, whole_file.write, is_file=True),
+    "keras_weights": Format(keras_weights.place, keras_weights.prepare, _alone(keras_weights.write), is_file=True),
+    "keras_archive": Format(keras_weights.place, keras_archive.prepare, _alone(keras_archive.write), is_file=True),
+    "whole_file": Format(keras_weights.place, whole_file.prepare, _alone(whole_file.write), is_file=True),
 }

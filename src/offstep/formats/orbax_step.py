@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> orbax_directory.Pre
     return orbax_directory.prepare(plan, orbax_directory.ModelDocuments(documents["config"], assets))
 
 
-def write(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap) -> int:
+def write(
+    job: Job,
+    prepared: orbax_directory.PreparedDirectory,
+    slot: mmap.mmap,
+    attachments: Mapping[str, mmap.mmap],
+) -> int:
     """Writes one snapshot and commits it; returns the bytes of all files that were written, and not just linked.
 
     Raises:
@@ -54,6 +59,12 @@ def write(job: Job, prepared: orbax_directory.PreparedDirectory, slot: mmap.mmap
             records = manifest.record_files(files)
             sizes = staged.write(files, io_threads=_IO_THREADS)
             del files  # they refer to the slot
+        for name, buffer in attachments.items():
+            with memoryview(buffer) as content:
+                files = {name: (content,)}
+                records |= manifest.record_files(files)
+                sizes |= staged.write(files)
+                del files
         records |= {name: FileRecord(size) for name, size in linked.items()}
         text = manifest.build(job.manifest, records, nonfinite())
         sizes |= staged.write({manifest.MANIFEST_NAME: (text,)})

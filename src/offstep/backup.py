@@ -1,0 +1,191 @@
+"""The Keras callback that brings an interrupted training back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from offstep import catalog, commit
+from offstep.callbacks import ModelCheckpoint
+from offstep.options import Mode, OnBusy, OnError
+
+Logs = Mapping[str, Any]  # floats, or whatever another callback put there
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc]  # Keras carries no types
+    """Saves the state of a training while it goes on, and continues an interrupted one at the batch where it was.
+
+    A drop-in for `keras.callbacks.BackupAndRestore`. The same script, started again after a kill, ends with the same
+    bits as if it had not been killed: weights, optimizer, metrics of the running epoch, random generators (the
+    layers', Python's, NumPy's and Keras's), the order of the data and the position in it, the history, and what the
+    other callbacks know. What cannot be continued exactly is told once, in a warning.
+
+    Args:
+        backup_dir: Directory of the backups. It belongs to this callback alone.
+        save_freq: `"epoch"`, a number of batches, or `False` to restore only.
+        double_checkpoint: Keep the backup before the newest too.
+        delete_checkpoint: Delete the backups when the training is finished.
+        mid_epoch: Go on within the interrupted epoch. `False` begins it again with what it had learned, as Keras does.
+        slots: See `ModelCheckpoint`, as for all that follow.
+
+    Raises:
+        ValueError: an argument is out of range; the message ends in what was received.
+
+    Example:
+        >>> callback = BackupAndRestore("backup", save_freq=100)
+    """
+
+    async_safe = True  # see `ModelCheckpoint`
+
+    def __init__(
+        self,
+        backup_dir: str | os.PathLike[str],
+        save_freq: str | int = "epoch",
+        double_checkpoint: bool = False,
+        delete_checkpoint: bool = True,
+        *,
+        mid_epoch: bool = True,
+        slots: int = 2,
+        on_busy: OnBusy = "wait",
+        on_error: OnError = "raise",
+        memory_budget: int | None = None,
+        copy_threads: int = 2,
+        snapshot_mode: Mode | None = None,
+        in_process: bool = False,
+        retry_seconds: float = 30.0,
+    ) -> None:
+        keras.callbacks.Callback.__init__(self)
+        _check(backup_dir, save_freq)
+        self.save_freq = save_freq
+        self.double_checkpoint = double_checkpoint
+        self.delete_checkpoint = delete_checkpoint
+        self.backup_dir = os.fspath(backup_dir)
+        self._current_epoch = 0
+        self._last_batch_seen = 0
+        self._saver = ModelCheckpoint(
+            os.path.join(_escape(self.backup_dir), "{step}"),
+            save_freq=save_freq or _NEVER,
+            max_to_keep=2 if double_checkpoint else 1,
+            slots=slots,
+            on_busy=on_busy,
+            on_error=on_error,
+            memory_budget=memory_budget,
+            copy_threads=copy_threads,
+            snapshot_mode=snapshot_mode,
+            in_process=in_process,
+            retry_seconds=retry_seconds,
+            resume=True,
+        )
+        self._saver.resume_for(self, mid_epoch=mid_epoch)
+
+    @property
+    def saver(self) -> ModelCheckpoint:
+        """The callback that makes the backups: its `stats` and `counts` say what they cost."""
+        return self._saver
+
+    # ---------------------------------------------------------------------------------------------------- hooks
+
+    def set_model(self, model: Any) -> None:
+        """Takes the model."""
+        super().set_model(model)
+        self._saver.set_model(model)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Takes the parameters of `fit`."""
+        super().set_params(params)
+        self._saver.set_params(params)
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        """Reads the newest backup, if there is one."""
+        self._saver.on_train_begin(logs)
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        """Notes the epoch."""
+        self._saver.on_epoch_begin(epoch, logs)
+
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Saves what was due after the batch before."""
+        self._saver.on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Saves if due."""
+        if self.save_freq != "epoch":
+            self._last_batch_seen = batch
+        self._saver.on_train_batch_end(batch, logs)
+
+    def on_test_begin(self, logs: Logs | None = None) -> None:
+        """Saves what is due after the last batch of an epoch."""
+        self._saver.on_test_begin(logs)
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Saves if due."""
+        self._current_epoch = epoch + 1
+        self._last_batch_seen = 0
+        self._saver.on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        """Waits until everything is durable; then deletes it, unless it shall be kept."""
+        self._saver.on_train_end(logs)
+        if self.delete_checkpoint:
+            _delete(Path(self.backup_dir))
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what a resumed training has to know of this callback."""
+        return self._saver.get_state() | {"current_epoch": self._current_epoch, "last_batch": self._last_batch_seen}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `get_state` returned."""
+        self._saver.set_state(state)
+        self._current_epoch, self._last_batch_seen = state["current_epoch"], state["last_batch"]
+
+    # ------------------------------------------------------------------- where stock has its files: the same kinds
+
+    @property
+    def _weights_path(self) -> str:
+        return self._find(0, "pytree/manifest.ocdbt")
+
+    @property
+    def _training_metadata_path(self) -> str:
+        return self._find(0, "offstep.json")
+
+    @property
+    def _prev_weights_path(self) -> str:
+        return self._find(1, "pytree/manifest.ocdbt")
+
+    @property
+    def _prev_training_metadata_path(self) -> str:
+        return self._find(1, "offstep.json")
+
+    def _find(self, age: int, file: str) -> str:
+        self._saver.wait_until_finished()
+        steps = [0, 0, *catalog.list_steps(self.backup_dir)]
+        return os.path.join(self.backup_dir, str(steps[-1 - age]), file)
+
+
+_NEVER = 1 << 62
+
+
+def _check(backup_dir: object, save_freq: object) -> None:
+    if not backup_dir:
+        raise ValueError(f"Empty `backup_dir` argument passed. Received: backup_dir={backup_dir!r}")
+    if save_freq != "epoch" and not isinstance(save_freq, int):
+        raise ValueError(
+            f"Invalid value for argument `save_freq`. Received: save_freq={save_freq}. "
+            "Expected either 'epoch' or an integer value."
+        )
+
+
+def _escape(directory: str) -> str:
+    return directory.replace("{", "{{").replace("}", "}}")
+
+
+def _delete(directory: Path) -> None:
+    """Deletes the backups, and the directory too if nothing else is in it."""
+    for step in catalog.list_steps(directory):
+        commit.remove_directory(directory / str(step))
+    if directory.is_dir() and not any(directory.iterdir()):
+        commit.remove_directory(directory)

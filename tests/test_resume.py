@@ -1,0 +1,248 @@
+"""Interrupted trainings end as uninterrupted ones do, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from interrupted import (
+    BATCHES,
+    Diary,
+    Interrupt,
+    InterruptTest,
+    Plain,
+    QuietDiary,
+    Shuffled,
+    assert_equal,
+    fit,
+    generate,
+    make_data,
+    make_model,
+    train,
+)
+
+from offstep import BackupAndRestore, ModelCheckpoint
+
+Callback = Any  # Keras carries no types
+MakeCallbacks = Callable[[], list[Callback]]
+
+pytestmark = [
+    pytest.mark.usefixtures("programs_on_disk"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras, within `pytest.warns`
+]
+
+
+def backed_up(directory: Path, *, others: MakeCallbacks = list, **options: Any) -> MakeCallbacks:
+    """Callbacks with a backup after every batch among them."""
+    return lambda: [BackupAndRestore(directory, **({"save_freq": 1} | options)), *others()]
+
+
+def deciding() -> list[Callback]:
+    return [
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=10.0),
+    ]
+
+
+def scheduled() -> list[Callback]:
+    return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.7)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, BATCHES, BATCHES + 1, 2 * BATCHES, 3 * BATCHES - 1])
+def test_a_training_goes_on_at_the_batch_where_it_was_interrupted(tmp_path: Path, batch: int) -> None:
+    expected = train(lambda: [QuietDiary()])
+    resumed = train(backed_up(tmp_path, others=lambda: [QuietDiary()]), [Interrupt(batch + 1)])
+    expected.decisions.insert(0, resumed.decisions[0])
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 5, BATCHES, BATCHES + 1])
+def test_so_it_does_where_callbacks_hear_of_batches_on_the_training_thread(tmp_path: Path, batch: int) -> None:
+    """Those before ours in the list heard of the last batch before the save, those behind it after."""
+    expected = train(lambda: [Diary(), Diary()])
+    make = lambda: [Diary(), BackupAndRestore(tmp_path, save_freq=1), Diary()]  # noqa: E731
+    resumed = train(make, [Interrupt(batch + 1)])
+    del resumed.decisions[1]
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_others_do_to_the_model_before_a_batch_is_not_undone(tmp_path: Path, is_first: bool) -> None:
+    class WarmUp(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.model.optimizer.learning_rate = 0.01 / (batch + 1)
+
+    expected = train(lambda: [WarmUp()])
+    backup = partial(BackupAndRestore, tmp_path, save_freq=1)
+    resumed = train(lambda: [backup(), WarmUp()] if is_first else [WarmUp(), backup()], [Interrupt(4), Interrupt(9)])
+    resumed.decisions.pop()
+    assert_equal(resumed, expected)
+
+
+def test_every_interruption_of_many_is_survived(tmp_path: Path) -> None:
+    expected = train(deciding)
+    resumed = train(lambda: [*deciding(), BackupAndRestore(tmp_path, save_freq=1)], [Interrupt(3) for _ in range(11)])
+    assert resumed.attempts == 12
+    resumed.decisions.pop()
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("others", [deciding, scheduled])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_decisions_of_other_callbacks_are_the_same_wherever_they_are_listed(
+    tmp_path: Path, others: MakeCallbacks, is_first: bool
+) -> None:
+    expected = train(others)
+
+    def make() -> list[Callback]:
+        backup = BackupAndRestore(tmp_path, save_freq="epoch")
+        return [backup, *others()] if is_first else [*others(), backup]
+
+    resumed = train(make, [Interrupt(BATCHES + 3), Interrupt(BATCHES + 1)])
+    assert resumed.attempts == 3
+    resumed.decisions.pop(0 if is_first else -1)
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_interruption_in_the_validation_repeats_only_the_validation(tmp_path: Path, count: int) -> None:
+    expected = train(lambda: [QuietDiary()])
+    resumed = train(backed_up(tmp_path, others=lambda: [QuietDiary()]), [InterruptTest(count)])
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": False},
+        {"shuffle": "batch"},
+        {"steps_per_epoch": 4},
+        {"class_weight": {0: 1.0, 1: 2.0}, "y": np.zeros((22, 1), "int32")},
+        {"validation_split": 0.25, "validation_data": None},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_the_order_of_arrays_is_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = partial(fit, **options)
+    expected = train(list, run=run)
+    resumed = train(backed_up(tmp_path), [Interrupt(4), Interrupt(5), Interrupt(3)], run=run)
+    assert resumed.attempts == 4
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("save_freq", [1, "epoch"])
+def test_the_order_of_a_dataset_is_the_same(tmp_path: Path, save_freq: Any) -> None:
+    def run(model: Any, callbacks: list[Callback]) -> Any:
+        return model.fit(Shuffled(), epochs=3, verbose=0, shuffle=True, callbacks=callbacks)
+
+    expected = train(list, run=run)
+    interruptions = [Interrupt(4), Interrupt(BATCHES + 2)]
+    resumed = train(backed_up(tmp_path, save_freq=save_freq), interruptions, run=run)
+    assert resumed.attempts == 3
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+def test_with_workers_the_position_in_a_dataset_is_told_to_be_in_doubt(tmp_path: Path) -> None:
+    """Keras keeps what they have read ahead for the next epoch, so the order depends on their speed."""
+
+    def run(model: Any, callbacks: list[Callback]) -> Any:
+        return model.fit(Plain(workers=2), epochs=2, verbose=0, callbacks=callbacks)
+
+    with pytest.warns(UserWarning, match="Keras's workers read ahead of the training"):
+        resumed = train(backed_up(tmp_path), [Interrupt(4)], run=run)
+    assert resumed.epochs == [0, 1]
+
+
+def test_batches_of_a_dataset_that_are_skipped_are_not_read(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Counted(Plain):
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+    def run(model: Any, callbacks: list[Callback]) -> Any:
+        return model.fit(Counted(), epochs=1, verbose=0, shuffle=False, callbacks=callbacks)
+
+    train(backed_up(tmp_path), [Interrupt(5)], run=run)
+    assert read == [0, 0, 1, 2, 3, 0, 4, 5]  # Keras reads the first one to build losses and metrics
+
+
+def test_a_generator_is_skipped_forward_and_that_is_said(tmp_path: Path) -> None:
+    def run(model: Any, callbacks: list[Callback]) -> Any:
+        return model.fit(generate(), steps_per_epoch=5, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+
+    expected = train(list, run=run)
+    with pytest.warns(UserWarning, match="a generator is brought to its position by drawing and dropping"):
+        resumed = train(backed_up(tmp_path), [Interrupt(3), Interrupt(7)], run=run)
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"steps_per_execution": 3}, {"jit_compile": False}],
+    ids=lambda each: next(iter(each)),
+)
+def test_compiled_in_another_way_it_is_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
+    make = partial(make_model, **options)
+    expected = train(list, make=make)
+    resumed = train(backed_up(tmp_path), [Interrupt(2), Interrupt(2), Interrupt(3)], make=make)
+    assert resumed.attempts == 4
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+def test_with_gradient_accumulation_it_is_the_same(tmp_path: Path) -> None:
+    make = lambda: make_model(optimizer=keras.optimizers.Adam(0.05, gradient_accumulation_steps=4))  # noqa: E731
+    expected = train(list, make=make)
+    resumed = train(backed_up(tmp_path), [Interrupt(3), Interrupt(4), Interrupt(7)], make=make)
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+def test_a_model_checkpoint_resumes_from_its_own_directory(tmp_path: Path) -> None:
+    expected = train(deciding)
+    make = lambda: [ModelCheckpoint(tmp_path / "{step}", save_freq=2, resume=True), *deciding()]  # noqa: E731
+    resumed = train(make, [Interrupt(6), Interrupt(7)])
+    assert resumed.attempts == 3
+    assert "best" in resumed.decisions.pop(0)
+    assert_equal(resumed, expected)
+
+
+def test_a_finished_training_is_not_trained_on_and_keeps_its_history(tmp_path: Path) -> None:
+    make = backed_up(tmp_path, save_freq="epoch", delete_checkpoint=False)
+    first = train(make)
+    again = train(make, run=partial(fit, x=np.full((22, 3), np.nan, "float32")))
+    assert_equal(again, first)
+
+
+def test_more_epochs_go_on_where_fewer_ended(tmp_path: Path) -> None:
+    expected = train(list, run=partial(fit, epochs=5))
+    make = backed_up(tmp_path, save_freq="epoch", delete_checkpoint=False)
+    train(make, run=partial(fit, epochs=2))
+    resumed = train(make, run=partial(fit, epochs=5))
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
+
+
+def test_what_cannot_be_continued_exactly_begins_its_epoch_again_and_is_said(tmp_path: Path) -> None:
+    x, y = make_data(rows=30)
+    make = backed_up(tmp_path)
+    with pytest.warns(UserWarning, match=r"Epoch 1 begins again, .*: batch_count was 6, now it is 8"):
+        train(
+            make,
+            [Interrupt(3)],
+            run=lambda model, callbacks: fit(
+                model, callbacks, **({} if isinstance(callbacks[-1], Interrupt) else {"x": x, "y": y})
+            ),
+        )

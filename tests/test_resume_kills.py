@@ -1,0 +1,98 @@
+"""Trainings that are killed with SIGKILL again and again, and started again by the same command.
+
+pytest tests/test_resume_kills.py -m campaign      20 kills in a row in each of the four ways to save
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import find_writers, wait_for_end
+from resume_digits import BATCHES, EPOCHS, MODES
+
+pytestmark = pytest.mark.crash
+
+SCRIPT = Path(__file__).with_name("resume_digits.py")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["batch"])
+def test_killed_three_times_it_ends_with_the_same_bits(tmp_path: Path, mode: str) -> None:
+    check_kills(tmp_path / "backup", mode, 3)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path, mode: str) -> None:
+    check_kills(tmp_path / "backup", mode, 20)
+
+
+def check_kills(directory: Path, mode: str, kills: int) -> None:
+    moments = random.Random(f"{mode} {kills}")
+    per_epoch = BATCHES // MODES[mode].get("steps_per_execution", 1)
+    # With a backup after every batch the kills are spread over the whole run; else each epoch has to be finished once.
+    most = max(2, per_epoch * EPOCHS // kills) if mode != "epoch" else per_epoch * 2
+    for _ in range(kills):
+        run_until_killed(mode, directory, moments.randint(1, most))
+    *lines, result = run(mode, directory)
+    assert json.loads(result) == expected_result(mode)
+    assert len(lines) < per_epoch * EPOCHS, "it has begun anew"
+    assert not directory.exists()
+
+
+@cache
+def expected_result(mode: str) -> Any:  # JSON
+    return json.loads(run(mode)[-1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles once for all processes."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+
+
+def run(mode: str, *arguments: Path) -> list[str]:
+    finished = subprocess.run(command(mode, *arguments), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.splitlines()
+
+
+def run_until_killed(mode: str, directory: Path, count: int) -> None:
+    """Kills the trainer after it has announced `count` batches, and waits for the end of its writer.
+
+    A training that ends before that is left alone: the next one then finds nothing to resume.
+    """
+    with subprocess.Popen(
+        command(mode, directory), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stderr is not None
+        for _ in range(count):
+            line = trainer.stdout.readline()
+            assert line.startswith("batch"), trainer.stderr.read() or f"it ended early with {line!r}"
+        writers = find_writers(trainer.pid)
+        trainer.kill()
+    for writer in writers:
+        wait_for_end(writer.pid)
+
+
+def command(mode: str, *arguments: Path) -> list[str]:
+    return [sys.executable, str(SCRIPT), mode, *map(os.fspath, arguments)]
