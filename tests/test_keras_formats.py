@@ -22,6 +22,8 @@ from runs import fit, make_data, make_model, read_state
 from test_commit import mounted_tmpfs
 
 from offstep import ModelCheckpoint, SaveFailed
+from offstep._native import crc32c
+from offstep.formats import file_manifest
 
 Model = Any  # Keras carries no types
 Options = dict[str, Any]  # arguments of Keras
@@ -325,3 +327,41 @@ def test_a_full_disk_fails_the_save_and_the_older_file_stays(suffix: str, tmp_pa
         assert caught.value.errno == errno.ENOSPC
         assert sorted(os.listdir(small)) == [f"best.{suffix}", "filler"]
         assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["keras", "weights.h5"])
+def test_a_file_carries_a_manifest_that_stock_keras_does_not_see(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    history = fit(make_model(), [ModelCheckpoint(path, **KINDS[suffix])])
+    found = file_manifest.read(path)
+    assert found is not None
+    assert (found.step, found.epoch, found.batch, found.nonfinite) == (14, 2, None, 0)
+    assert found.metrics["loss"] == history.history["loss"][-1]
+    record = found.files["model.weights.h5"]
+    if suffix == "keras":
+        with zipfile.ZipFile(path) as archive:
+            assert {member.filename: member.file_size for member in archive.infolist()} == {
+                name: record.size for name, record in found.files.items()
+            }
+    else:
+        assert crc32c(path.read_bytes()[: record.size]) == record.crc32c
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_file_of_stock_keras_has_no_manifest(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    fit(make_model(), [keras.callbacks.ModelCheckpoint(path, **KINDS[suffix])])
+    assert file_manifest.read(path) is None
+
+
+@pytest.mark.parametrize("suffix", ["keras", "weights.h5"])
+def test_values_that_are_not_finite_are_counted(suffix: str, tmp_path: Path) -> None:
+    model = make_model()
+    path = tmp_path / f"a.{suffix}"
+    spoil = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: model.layers[-1].kernel.assign(np.full((4, 1), np.nan, "float32"))
+    )
+    fit(model, [spoil, ModelCheckpoint(path, **KINDS[suffix])], epochs=1)
+    found = file_manifest.read(path)
+    assert found is not None
+    assert found.nonfinite == 4

@@ -229,7 +229,7 @@ class StagedFile:
 
     Args:
         final: Where `commit` will put it; the parent exists.
-        size_bytes: What it will measure.
+        size_bytes: What it will measure, unless `commit` says otherwise.
         tag: Ends the temporary name; what an earlier attempt with this tag left behind is deleted.
         private: Nobody but the owner may read it.
 
@@ -275,14 +275,17 @@ class StagedFile:
         """
         parts.write_piece(self._file, content, offset, io_threads)
 
-    def commit(self) -> None:
+    def commit(self, size_bytes: int | None = None) -> None:
         """Makes what was written durable under the final name, in place of an older file.
+
+        Args:
+            size_bytes: What it measures, where that was not known before.
 
         Raises:
             OSError: it is not durable; an older file is still there, whole.
         """
         calls = disk.calls
-        calls.truncate(self._file, self._size_bytes)
+        calls.truncate(self._file, self._size_bytes if size_bytes is None else size_bytes)
         calls.fsync_file(self._file)
         calls.rename(self.path.name, self.final.name, self._parent)
         self._is_ours = False

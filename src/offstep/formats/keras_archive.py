@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import mmap
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from offstep import commit
-from offstep.formats.keras_weights import make_plan_skeleton, round_to_pages
+from offstep.finiteness import counted_beside, float_table
+from offstep.formats.file_manifest import encode_comment
+from offstep.formats.keras_weights import WEIGHTS_NAME, computed_beside, make_plan_skeleton, round_to_pages
 from offstep.formats.stored_zip import Member, Moment, encode_directory, encode_header
+from offstep.manifest import FileRecord
 from offstep.records import Job, Plan
 
-METADATA_NAME, CONFIG_NAME, WEIGHTS_NAME, ASSETS_NAME = "metadata.json", "config.json", "model.weights.h5", "assets"
+METADATA_NAME, CONFIG_NAME, ASSETS_NAME = "metadata.json", "config.json", "assets"
 _DATE_FORMAT = "%Y-%m-%d@%H:%M:%S"  # stock's; as long for every date
 _IO_THREADS = 2
 # Below the 4 GiB where it is needed: the metadata come on top, and their length depends on this.
@@ -37,16 +38,20 @@ class PreparedArchive:
         config: The model's JSON.
         weights_head: The weights file up to the slot; with the headers and members before it, it is whole pages.
         weights_crc: CRC-32 of `weights_head`.
+        body_offset: Where in the archive the slot starts.
         body_bytes: How much of the slot belongs to the file.
         assets: Contents by name.
+        float_table: Where values may be NaN or infinite, for `finiteness`.
     """
 
     metadata: dict[str, Any]  # JSON
     config: bytes
     weights_head: bytes
     weights_crc: int
+    body_offset: int
     body_bytes: int
     assets: dict[str, bytes]
+    float_table: bytes
 
 
 def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedArchive:  # JSON
@@ -64,7 +69,8 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedArchive:  #
     data_at = round_to_pages(before + len(skeleton.image)) - before
     head = skeleton.encode(data_at=data_at, data_bytes=body_bytes)
     assets = {name: bytes.fromhex(text) for name, text in documents["assets"].items()}
-    return PreparedArchive(metadata, config, head, zlib.crc32(head), body_bytes, assets)
+    crc, floats = zlib.crc32(head), float_table(plan)
+    return PreparedArchive(metadata, config, head, crc, before + data_at, body_bytes, assets, floats)
 
 
 def write(job: Job, prepared: PreparedArchive, slot: mmap.mmap) -> int:
@@ -75,28 +81,20 @@ def write(job: Job, prepared: PreparedArchive, slot: mmap.mmap) -> int:
     """
     target = Path(job.target)
     commit.make_root(target.parent)
-    head, tail = _encode_frame(prepared, 0)  # as long as with the checksum
-    size_bytes = len(head) + prepared.body_bytes + len(tail)
+    size_bytes = prepared.body_bytes  # about; what is long enough to be written around the page cache
     with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged, memoryview(slot) as view:
-        body = view[: prepared.body_bytes]
-        with ThreadPoolExecutor(1, "offstep-crc32") as pool:  # it takes half as long as the disk
-            checksum = _start_checksum(pool, body, prepared.weights_crc)
-            staged.write(body, len(head), io_threads=_IO_THREADS)
-            head, tail = _encode_frame(prepared, checksum())
+        body, tables = view[: prepared.body_bytes], prepared.float_table
+        with counted_beside(view, tables) as nonfinite, computed_beside(zlib.crc32, body, prepared.weights_crc) as crc:
+            staged.write(body, prepared.body_offset, io_threads=_IO_THREADS)
+            head, tail = _encode_frame(prepared, crc(), job, nonfinite())
         staged.write(head, 0)
-        staged.write(tail, size_bytes - len(tail))
-        staged.commit()
+        staged.write(tail, len(head) + prepared.body_bytes)
+        size_bytes = len(head) + prepared.body_bytes + len(tail)
+        staged.commit(size_bytes)
     return size_bytes
 
 
-def _start_checksum(pool: ThreadPoolExecutor, body: memoryview, crc: int) -> Callable[[], int]:
-    try:
-        return pool.submit(zlib.crc32, body, crc).result
-    except RuntimeError:  # a thread that writes while the interpreter ends can start no others
-        return lambda: zlib.crc32(body, crc)
-
-
-def _encode_frame(prepared: PreparedArchive, weights_crc: int) -> tuple[bytes, bytes]:
+def _encode_frame(prepared: PreparedArchive, weights_crc: int, job: Job, nonfinite: int) -> tuple[bytes, bytes]:
     """Returns what comes before and after the slot."""
     now = datetime.now()
     is_zip64 = _is_zip64(prepared.body_bytes)
@@ -107,7 +105,8 @@ def _encode_frame(prepared: PreparedArchive, weights_crc: int) -> tuple[bytes, b
     start = len(head) + prepared.body_bytes
     for name, content in prepared.assets.items():
         members.append(_append(tail, f"{ASSETS_NAME}/{name}", content, _moment(now), start))
-    return head, bytes(tail) + encode_directory(members, _moment(now), start + len(tail))
+    comment = encode_comment(job, {member.name: FileRecord(member.size) for member in members}, nonfinite)
+    return head, bytes(tail) + encode_directory(members, _moment(now), start + len(tail), comment)
 
 
 def _encode_front(

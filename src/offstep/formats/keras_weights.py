@@ -1,6 +1,6 @@
 """A `.weights.h5` file as stock Keras reads it: constant metadata, then the slot, which is the arrays.
 
-    file = metadata  slot           the slot starts on a multiple of 4096 and ends with the last page that has a dataset
+    file = metadata  slot  trailer  the slot starts on a multiple of 4096 and ends with the last page that has a dataset
     slot = (element*  crc)*         each dataset whole and in row-major order, then a CRC-32C that HDF5 does not look at
 
 The snapshot may hold more leaves than the file: those without a path lie behind all others and are cut off.
@@ -9,16 +9,27 @@ The snapshot may hold more leaves than the file: those without a path lie behind
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offstep import commit
+from offstep._native import crc32c
 from offstep.buffers import make_whole_plan
+from offstep.finiteness import counted_beside, float_table
+from offstep.formats.file_manifest import encode_trailer
 from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
+from offstep.manifest import FileRecord
 from offstep.records import Job, Leaf, PathKey, Plan
 
+Checksum = Callable[[memoryview, int], int]
+
+WEIGHTS_NAME = "model.weights.h5"
+"""What the manifest calls the file, which may be renamed."""
 PAGE_BYTES = 4096
 _IO_THREADS = 2
 
@@ -29,11 +40,15 @@ class PreparedFile:
 
     Attributes:
         head: Bytes before the slot.
+        crc: CRC-32C of `head`.
         body_bytes: How much of the slot belongs to the file.
+        float_table: Where values may be NaN or infinite, for `finiteness`.
     """
 
     head: bytes
+    crc: int
     body_bytes: int
+    float_table: bytes
 
 
 def place(leaves: Sequence[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]]) -> Plan:
@@ -45,7 +60,8 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedFile:  # JS
     """Makes the file's metadata; `documents` is `{"groups": {path: {attribute: text}}}`."""
     skeleton, body_bytes = make_plan_skeleton(plan, (documents or {}).get("groups", {}))
     data_at = round_to_pages(len(skeleton.image))
-    return PreparedFile(skeleton.encode(data_at=data_at, data_bytes=body_bytes), body_bytes)
+    head = skeleton.encode(data_at=data_at, data_bytes=body_bytes)
+    return PreparedFile(head, crc32c(head), body_bytes, float_table(plan))
 
 
 def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
@@ -56,12 +72,30 @@ def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
     """
     target, head = Path(job.target), prepared.head
     commit.make_root(target.parent)
-    size_bytes = len(head) + prepared.body_bytes
-    with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged, memoryview(slot) as body:
-        staged.write(head, 0)
-        staged.write(body[: prepared.body_bytes], len(head), io_threads=_IO_THREADS)
-        staged.commit()
-    return size_bytes
+    file_bytes = len(head) + prepared.body_bytes
+    with commit.StagedFile(target, size_bytes=file_bytes, tag=job.tag) as staged, memoryview(slot) as view:
+        body = view[: prepared.body_bytes]
+        with (
+            counted_beside(view, prepared.float_table) as nonfinite,
+            computed_beside(crc32c, body, prepared.crc) as crc,
+        ):
+            staged.write(head, 0)
+            staged.write(body, len(head), io_threads=_IO_THREADS)
+            trailer = encode_trailer(job, {WEIGHTS_NAME: FileRecord(file_bytes, crc())}, nonfinite())
+        staged.write(trailer, file_bytes)
+        staged.commit(file_bytes + len(trailer))
+    return file_bytes + len(trailer)
+
+
+@contextmanager
+def computed_beside(checksum: Checksum, body: memoryview, crc: int) -> Iterator[Callable[[], int]]:
+    """Continues a checksum from `crc` over `body`, in a thread while the block runs; the answer waits for it."""
+    with ThreadPoolExecutor(1, "offstep-checksum") as pool:
+        try:
+            answer = pool.submit(checksum, body, crc).result
+        except RuntimeError:  # a thread that writes while the interpreter ends can start no others
+            answer = partial(checksum, body, crc)
+        yield answer
 
 
 def make_plan_skeleton(plan: Plan, groups: dict[str, dict[str, str]]) -> tuple[Skeleton, int]:

@@ -58,8 +58,8 @@ def encode_header(member: Member, moment: Moment) -> bytes:
     return _LOCAL.pack(*fields) + name + extra
 
 
-def encode_directory(members: Sequence[Member], moment: Moment, offset: int) -> bytes:
-    """Returns what ends the archive: the directory, which starts at `offset`, and its end."""
+def encode_directory(members: Sequence[Member], moment: Moment, offset: int, comment: bytes = b"") -> bytes:
+    """Returns what ends the archive: the directory, which starts at `offset`, its end, and a comment below 64 KiB."""
     entries = b"".join(_encode_entry(member, moment) for member in members)
     count, size = len(members), len(entries)
     end64 = b""
@@ -68,7 +68,8 @@ def encode_directory(members: Sequence[Member], moment: Moment, offset: int) -> 
         record = _END64.pack(_END64_SIGNATURE, _END64.size - 12, *version, 0, 0, count, count, size, offset)
         end64 = record + _LOCATOR64.pack(_LOCATOR64_SIGNATURE, 0, offset + size, 1)
     count, size, offset = min(count, _MOST_16), min(size, _MOST_32), min(offset, _MOST_32)
-    return entries + end64 + _END.pack(_END_SIGNATURE, 0, 0, count, count, size, offset, 0)
+    end = _END.pack(_END_SIGNATURE, 0, 0, count, count, size, offset, len(comment))
+    return entries + end64 + end + comment
 
 
 def _encode_entry(member: Member, moment: Moment) -> bytes:

@@ -1,0 +1,66 @@
+"""Where the manifest of a Keras file is: behind what stock readers look at.
+
+    .weights.h5 = HDF5 file  manifest  length (8 bytes, little-endian)  mark       HDF5 knows its own end
+    .keras      = ZIP archive, with the manifest as its comment
+
+A further member of the archive would make stock `load_model` unpack all of them to the disk, in search of assets.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from offstep import manifest
+from offstep.manifest import FileRecord, Manifest
+from offstep.records import Job
+
+_FOOTER = struct.Struct("<Q8s")
+_MARK = b"offstep\x01"
+_MOST_COMMENT_BYTES = 65_535
+
+
+def encode_trailer(job: Job, records: dict[str, FileRecord], nonfinite: int | None) -> bytes:
+    """Returns what follows the HDF5 file."""
+    text = manifest.build(job.manifest, records, nonfinite)
+    return text + _FOOTER.pack(len(text), _MARK)
+
+
+def encode_comment(job: Job, records: dict[str, FileRecord], nonfinite: int | None) -> bytes:
+    """Returns the archive's comment; of one that would be too long, only what it says of the step and the run."""
+    text = manifest.build(job.manifest, records, nonfinite)
+    if len(text) > _MOST_COMMENT_BYTES:
+        about: dict[str, Any] = {name: job.manifest[name] for name in ("step", "run") if name in job.manifest}
+        text = manifest.build(about, {}, nonfinite)
+    return text
+
+
+def read(path: Path) -> Manifest | None:
+    """Reads the manifest of a `.keras` or `.weights.h5` file; `None` where there is none, as in what Keras wrote.
+
+    Raises:
+        ValueError: see `manifest.parse`.
+        OSError: it cannot be read.
+    """
+    text = _read_comment(path) if zipfile.is_zipfile(path) else _read_trailer(path)
+    return manifest.parse(text) if text else None
+
+
+def _read_comment(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.comment if archive.comment.startswith(b'{"format_version"') else b""
+
+
+def _read_trailer(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size < _FOOTER.size:
+            return b""
+        file.seek(size - _FOOTER.size)
+        length, mark = _FOOTER.unpack(file.read(_FOOTER.size))
+        if mark != _MARK or length > min(manifest.MAX_BYTES, size - _FOOTER.size):
+            return b""
+        file.seek(size - _FOOTER.size - length)
+        return file.read(length)
