@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -60,15 +60,25 @@ def describe_destination(array: Array) -> Destination:
     return Destination((), np.asarray(array).dtype.name, make=lambda host: kind(host[()]))
 
 
+@lru_cache  # both are slow, and thousands of leaves have a handful of dtypes
+def _name_dtype(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+@lru_cache
+def _is_key_dtype(dtype: Any) -> bool:  # NumPy's or JAX's
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def _describe_device_array(array: jax.Array | jax.ShapeDtypeStruct) -> Destination:
     prng_impl = None
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if _is_key_dtype(array.dtype):
         # Of an abstract one JAX does not tell the name in public; the checkpoint has it.
         prng_impl = str(jax.random.key_impl(array)) if isinstance(array, jax.Array) else ""
         array = jax.random.key_data(array) if isinstance(array, jax.Array) else _key_data_struct(array)
     # Where the user did not choose a device, JAX may still move the array: that freedom is kept.
     is_free = isinstance(array, jax.Array) and not getattr(array, "committed", True)
-    return Destination(array.shape, array.dtype.name, None if is_free else array.sharding, prng_impl)
+    return Destination(array.shape, _name_dtype(array.dtype), None if is_free else array.sharding, prng_impl)
 
 
 def _key_data_struct(keys: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -172,7 +182,10 @@ def _place_batch(reader: Reader, batch: list[int], pairs: Sequence[Pair], thread
             arrays[at] = _join(plans[at], parts[at], destination)
         else:
             simple.append(at)
-    put = jax.device_put([parts[at][0] for at in simple], [pairs[batch[at]][1].sharding for at in simple])
+    shardings = [pairs[batch[at]][1].sharding for at in simple]
+    # One for all is looked at once.
+    common: Any = shardings[0] if len(set(shardings)) == 1 else shardings
+    put = jax.device_put([parts[at][0] for at in simple], common)
     for at, array in zip(simple, put, strict=True):
         arrays[at] = array
     # The host copies go away with this call: the devices must have them.

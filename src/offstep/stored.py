@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,6 +119,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+@lru_cache  # thousands of leaves have a handful of dtypes
 def as_dtype(name: str) -> np.dtype:
     """Returns the NumPy dtype of that name, those of ml_dtypes included."""
     return np.dtype(getattr(ml_dtypes, name, name))
