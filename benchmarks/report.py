@@ -335,18 +335,27 @@ def _file_system(directory: Path) -> str:
     return f"{best.fstype} ({best.mountpoint})" if best else "unknown"
 
 
+def today() -> str:
+    """Returns the date in UTC."""
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+
+
+def free_path(directory: Path, name: str) -> Path:
+    """Returns where results of today go: `<date>-<name>.json`, numbered where that exists."""
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = f"{today()}-{name}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for free in names if not (path := directory / f"{free}.json").exists())
+
+
 def write_json(name: str, directory: Path, machine: dict[str, Any], options: Options, all_runs: Sequence[Runs]) -> Path:
     """Writes every run, the rows and the machine to `<date>-<machine>-<name>.json` and returns the path.
 
     An earlier measurement is never replaced: the name is numbered then.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    stem = f"{date}-{machine['name']}-{name}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    path = next(path for free in names if not (path := directory / f"{free}.json").exists())
+    path = free_path(directory, f"{machine['name']}-{name}")
     data = {
-        "date": date,
+        "date": today(),
         "machine": machine,
         "repeats": options.repeats,
         "equalised": options.equalise,
