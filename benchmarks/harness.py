@@ -164,6 +164,8 @@ def _check(result: dict[str, Any]) -> None:
         return
     if result["checkpoint_bytes"] < 0.5 * result["state_bytes"]:
         raise RunFailedError(f"the newest checkpoint has {result['checkpoint_bytes']} bytes of {result['state_bytes']}")
+    if not all(save["call_seconds"] for save in result["saves"]):
+        raise RunFailedError("a save was made in a hook that is not timed")
     errors = [save["own"]["error"] for save in result["saves"] if save["own"].get("error")]
     if errors:
         raise RunFailedError(errors[0])

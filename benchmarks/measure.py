@@ -44,6 +44,8 @@ HOOKS = (
     "on_epoch_end",
     "on_train_batch_begin",
     "on_train_batch_end",
+    "on_batch_begin",  # where Keras's own hooks for training batches go on to
+    "on_batch_end",
 )
 
 
