@@ -69,3 +69,26 @@ def assert_same(actual: Contents, expected: Contents) -> None:
     assert list(actual) == list(expected)
     differing = [path for path in expected if actual[path] != expected[path]]
     assert not differing, [(path, actual[path], expected[path]) for path in differing][:3]
+
+
+def read_files(root: Path) -> dict[str, Any]:
+    """Returns what is in each file below a directory; only that there are events of TensorBoard, which hold times."""
+    files: dict[str, Any] = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = str(path.relative_to(root))
+        if "tfevents" in name:
+            files[str(Path(name).parent / "events")] = None
+        else:
+            files[name] = read_file(path) if path.suffix in {".keras", ".h5"} else path.read_bytes()
+    return files
+
+
+def assert_same_files(ours: Path, stock: Path) -> None:
+    """Compares two directories, file by file."""
+    actual, expected = read_files(ours), read_files(stock)
+    assert list(actual) == list(expected)
+    for name, contents in expected.items():
+        if isinstance(contents, dict):
+            assert_same(actual[name], contents)
+        else:
+            assert actual[name] == contents, name

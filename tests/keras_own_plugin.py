@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras.src import callbacks
 
 from offstep import ModelCheckpoint
 
-callbacks.ModelCheckpoint = ModelCheckpoint
+callbacks.ModelCheckpoint = keras.callbacks.ModelCheckpoint = ModelCheckpoint
 
 
 def pytest_configure(config: Any) -> None:  # of pytest

@@ -70,6 +70,13 @@ def test_a_subclass_is_warned_of_under_its_own_name() -> None:
         assert Mine("x/{step}", mode="best").mode == "auto"
 
 
+def test_a_script_may_put_our_class_in_the_place_of_stock_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keras.callbacks, "ModelCheckpoint", ModelCheckpoint)
+    assert keras.callbacks.ModelCheckpoint("x.keras").filepath == "x.keras"
+    with pytest.raises(ValueError, match=r"must end in `\.weights\.h5`"):
+        keras.callbacks.ModelCheckpoint("x.keras", save_weights_only=True)
+
+
 # ------------------------------------------------------------------------------------------------ how often
 
 

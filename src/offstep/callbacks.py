@@ -16,7 +16,7 @@ from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every
 from offstep.destination import Destination
 from offstep.engine import Engine, Target
-from offstep.keras_decisions import DecidingCheckpoint
+from offstep.keras_decisions import DecidingCheckpoint, Stock
 from offstep.keras_resume import Event, Moment, Resumption
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
@@ -136,7 +136,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._max_to_keep, self._keep_best, self._keep_every = max_to_keep, keep_best or 1, keep_every
         self.filepath = filepath
         if self._destination.is_file:
-            keras.callbacks.ModelCheckpoint(self.filepath, save_weights_only=save_weights_only)  # its checks, its words
+            Stock(self.filepath, save_weights_only=save_weights_only)  # its checks, in its words
         check_full_every(full_every, is_skipping=skip_unchanged)
         options = Options(
             slots=slots,

@@ -14,6 +14,9 @@ from offstep.frequency import Frequency, parse_budget
 from offstep.manifest import Manifest, find_best
 from offstep.retention import Ranking
 
+Stock: Any = keras.callbacks.ModelCheckpoint
+"""Stock's class, whatever a script puts in its place later."""
+
 
 class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
     """Stock's callback that knows more frequencies, and never takes a metric that is not finite for the best.

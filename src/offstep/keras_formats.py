@@ -107,6 +107,9 @@ def _describe_file(model: Model, arrays: Sequence[Array], format: str) -> Form: 
     def find_difference(taken: Sequence[np.ndarray]) -> str:
         return keras_files.find_difference(model, plan, _by_number(order, taken))
 
+    rate = keras_state.find_learning_rate(model)
+    if documents is not None and rate is not None:
+        documents |= {"learning_rate": order.index(rate)}
     return Form(
         format=_RENDERED if plan.reason else format,
         leaves=tuple(leaves),

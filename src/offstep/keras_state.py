@@ -242,6 +242,13 @@ def find_iteration(model: Model) -> int | None:
     return next((i for i, variable in enumerate(live) if variable is counter), None)
 
 
+def find_learning_rate(model: Model) -> int | None:
+    """Returns which of the live arrays is the learning rate; `None` where a schedule computes it."""
+    rate = getattr(_innermost_optimizer(model), "learning_rate", None)
+    live = [variable for group in GROUPS for variable in list_variables(model, group)]
+    return next((i for i, variable in enumerate(live) if variable is rate), None)
+
+
 def _find_counter(model: Model) -> Variable | None:
     # `optimizer.iterations` may be computed (gradient accumulation), so look for the variable behind it.
     return next((v for v in getattr(_innermost_optimizer(model), "variables", ()) if v.name == "iteration"), None)

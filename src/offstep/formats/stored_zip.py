@@ -22,7 +22,10 @@ _UTF8 = 0x800
 _UNIX = 3 << 8
 _MODE = 0o100644 << 16
 _ZIP64_TAG = 1
+_PADDING_TAG = 0xD935  # as Android's zipalign has it
 _MOST_16, _MOST_32 = 0xFFFF, 0xFFFFFFFF
+
+SMALLEST_PADDING = 4
 
 Moment = tuple[int, int, int, int, int, int]
 """Local time: year, month, day, hour, minute, second."""
@@ -38,6 +41,7 @@ class Member:
         crc: CRC-32 of its contents.
         offset: Where its local header starts.
         is_zip64: Whether the local header gives the size in 64 bits; from 4 GiB on it must.
+        padding: Zeros in the local header, at least `SMALLEST_PADDING` if any: readers skip them.
     """
 
     name: str
@@ -45,12 +49,15 @@ class Member:
     crc: int
     offset: int
     is_zip64: bool = False
+    padding: int = 0
 
 
 def encode_header(member: Member, moment: Moment) -> bytes:
     """Returns the local header, which the contents follow at once."""
     name, flags = _encode_name(member.name)
     extra = struct.pack("<HHQQ", _ZIP64_TAG, 16, member.size, member.size) if member.is_zip64 else b""
+    if member.padding:
+        extra += struct.pack("<HH", _PADDING_TAG, member.padding - SMALLEST_PADDING).ljust(member.padding, b"\0")
     size = _MOST_32 if member.is_zip64 else member.size
     version = _VERSION64 if member.is_zip64 else _VERSION
     time, date = _encode_moment(moment)
