@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_looking(add)
     _add_retention(add)
+    _add_making(add)
     return parser
 
 
@@ -122,6 +123,27 @@ def _add_retention(add: Add) -> None:
         command.add_argument("--monitor", help="metric that tells the best (default: val_loss, loss or the first)")
         command.add_argument("--mode", choices=("auto", "min", "max"), default="auto")
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def _add_making(add: Add) -> None:
+    command = add(
+        "export", commands.export, "Writes a checkpoint as .safetensors, .npz, .keras or .weights.h5, as OUT ends."
+    )
+    command.add_argument("path", type=Path, help="a checkpoint, or a directory whose newest one is taken")
+    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("--weights-only", action="store_true", help="leave out optimizer, metrics and seeds")
+    command.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="registers custom layers"
+    )
+    command.add_argument("--force", action="store_true", help="replace OUT")
+    command = add("average", commands.average, "Averages the weights of checkpoints; all else is that of the last one.")
+    command.add_argument("path", type=Path, nargs="+", help="checkpoints, or directories with --newest or --best")
+    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("--newest", type=int, metavar="K", help="the K newest of these")
+    command.add_argument("--best", type=int, metavar="K", help="the K best of these")
+    command.add_argument("--monitor", help="metric that tells the best")
+    command.add_argument("--mode", choices=("auto", "min", "max"), default="auto")
+    command.add_argument("--force", action="store_true", help="replace OUT")
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,11 +13,13 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from offstep import checking, comparison, inspection, pruning
+from offstep import averaging, checking, comparison, inspection, pruning
+from offstep import export as exports
 from offstep.discovery import latest as find_latest
 from offstep.discovery import open_newest
 from offstep.errors import CheckpointNotFound
 from offstep.listing import Entry, list_entries
+from offstep.stored import Reader
 from offstep.tables import make_table, spell_age, spell_bytes, spell_number
 
 DONE, DIFFERENT, NOTHING, DAMAGED = 0, 1, 3, 5
@@ -185,6 +189,70 @@ def prune(args: Namespace) -> Answer:
     staying = len(entries) - len(expired)
     shown.append(f"{verb} {len(expired)} checkpoints, {spell_bytes(freed)}; {staying} stay")
     return Answer(document, shown)
+
+
+def export(args: Namespace) -> Answer:
+    """Writes a checkpoint in another format."""
+    is_keras = args.out.name.endswith((".keras", ".weights.h5"))
+    if not is_keras and args.out.suffix not in exports.WRITERS:
+        raise ValueError(
+            f"the name of the file says the format: .safetensors, .npz, .keras or .weights.h5. Received: {args.out}"
+        )
+    _refuse_existing(args)
+    reader = open_newest(args.path, verify=False)
+    try:
+        if is_keras:
+            if args.weights_only:
+                raise ValueError("--weights-only is for .safetensors and .npz; .weights.h5 holds weights only anyway")
+            size = _export_keras(reader, args)
+            return Answer({"path": str(args.out), "source": str(reader.path), "size_bytes": size}, [str(args.out)])
+        leaves = [leaf for leaf in reader.contents.leaves if averaging.is_weight(leaf) or not args.weights_only]
+        size = exports.export(reader, leaves, args.out.absolute())
+    finally:
+        reader.close()
+    document = {"path": str(args.out), "source": str(reader.path), "size_bytes": size, "leaves": len(leaves)}
+    return Answer(document, [f"{args.out}: {len(leaves)} leaves of {reader.path}, {spell_bytes(size)}"])
+
+
+def _export_keras(reader: Reader, args: Namespace) -> int:
+    # Before Keras is imported: this is the user's machine of training, whose accelerators are not ours to take.
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from offstep.keras_export import export_keras
+
+    return export_keras(reader, args.out.absolute(), args.modules)
+
+
+def average(args: Namespace) -> Answer:
+    """Averages the weights of checkpoints."""
+    if args.newest is not None and args.best is not None:
+        raise ValueError("give --newest or --best, not both")
+    _refuse_existing(args)
+    paths = _choose_paths(args)
+    if len(paths) < 2:
+        raise ValueError(f"an average needs two checkpoints or more. Received: {', '.join(map(str, paths))}")
+    names = averaging.average(paths, args.out.absolute())
+    document = {"path": str(args.out), "averaged": [str(path) for path in paths], "leaves": names}
+    shown = [str(path) for path in paths]
+    return Answer(document, [*shown, f"{args.out}: {len(names)} leaves are the mean of these {len(paths)}"])
+
+
+def _choose_paths(args: Namespace) -> list[Path]:
+    count = args.newest or args.best
+    if args.newest is None and args.best is None:
+        return list(args.path)
+    if count < 1:
+        raise ValueError(f"--newest and --best take a number of at least 1. Received: {count}")
+    entries = [entry for path in args.path for entry in list_entries(path) if entry.is_whole and not entry.nonfinite]
+    if args.best is not None:
+        entries = pruning.rank(entries, pruning.choose_monitor(entries, args.monitor), args.mode)[:count]
+        entries.sort(key=lambda entry: (entry.step or 0, entry.saved_at))
+    return [entry.path for entry in entries[-count:]]
+
+
+def _refuse_existing(args: Namespace) -> None:
+    if os.path.lexists(args.out) and not args.force:
+        raise FileExistsError(errno.EEXIST, "it exists already; --force replaces it", str(args.out))
 
 
 def _wishes(args: Namespace) -> pruning.Wishes:

@@ -50,15 +50,20 @@ def choose_monitor(entries: Sequence[Entry], wanted: str | None) -> str | None:
 
 def find_best(entries: Sequence[Entry], monitor: str | None, mode: Mode = "auto") -> Entry | None:
     """Returns the whole and finite checkpoint with the best value, the newest of several."""
+    return next(iter(rank(entries, monitor, mode)), None)
+
+
+def rank(entries: Sequence[Entry], monitor: str | None, mode: Mode = "auto") -> list[Entry]:
+    """Returns the whole and finite checkpoints that have a value, the best first."""
     if monitor is None:
-        return None
+        return []
     sign = -1.0 if find_direction(monitor, mode) == "max" else 1.0
     ranked = [
-        (sign * entry.metrics[monitor], -number, entry)
+        (sign * entry.metrics[monitor], -number)
         for number, entry in enumerate(entries)
         if entry.is_whole and not entry.nonfinite and math.isfinite(entry.metrics.get(monitor, math.nan))
     ]
-    return min(ranked, key=lambda found: found[:2])[2] if ranked else None
+    return [entries[-negated] for _, negated in sorted(ranked)]
 
 
 def select_prunable(entries: Sequence[Entry], wishes: Wishes) -> list[Entry]:
