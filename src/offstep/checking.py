@@ -1,15 +1,13 @@
-"""Whether a checkpoint is what was written: its structure, the sizes of its files, every checksum there is."""
+"""Whether a checkpoint, whatever its format, is what was written: it opens, and every checksum that it has is right."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from offstep import catalog
-from offstep.discovery import READ_THREADS, open_checkpoint
-from offstep.errors import CheckpointDamaged, UnsupportedFormat
-from offstep.formats.orbax_reader import OrbaxReader
-from offstep.stored import Reader, StoredLeaf
+from offstep.discovery import open_checkpoint
+from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.verification import verify
 
 
 @dataclass(frozen=True)
@@ -20,73 +18,41 @@ class Verdict:
         path: The checkpoint.
         problems: What is wrong, one sentence each; empty when it is whole.
         leaves: How many there are.
-        size_bytes: Of their values.
-        covered: What has checksums: `"every value"`, `"the index"` or `"nothing"`.
+        checked_bytes: How many bytes were compared with a checksum.
+        unchecked: What carries no checksum.
     """
 
     path: Path
     problems: tuple[str, ...]
     leaves: int = 0
-    size_bytes: int = 0
-    covered: str = "nothing"
+    checked_bytes: int = 0
+    unchecked: tuple[str, ...] = ()
 
 
 def check(path: Path) -> Verdict:
-    """Reads one checkpoint as a whole, piece by piece, and compares every checksum.
+    """Opens one checkpoint, reads it as a whole, piece by piece, and compares every checksum.
 
     Raises:
         CheckpointNotFound: there is nothing.
         UnsupportedFormat: it is no checkpoint, or one of a newer version.
         OSError: it cannot be read.
     """
+    leaves, problems = 0, []
     try:
         reader = open_checkpoint(path)
-    except CheckpointDamaged as error:
-        return Verdict(path, (str(error),))
-    try:
-        problems = (*_find_fault(reader), *_find_damage(reader))
-        size = sum(leaf.size_bytes for leaf in reader.contents.leaves)
-        return Verdict(path, problems, len(reader.contents.leaves), size, _describe_cover(reader))
-    finally:
+        leaves = len(reader.contents.leaves)
         reader.close()
+    except CheckpointDamaged as error:
+        problems.append(str(error))
+    report = verify(path)
+    if report.problems:  # they say more
+        problems = [str(problem) for problem in report.problems]
+    return Verdict(path, tuple(problems), leaves, report.checked_bytes, report.unchecked)
 
 
 def check_step(path: Path) -> Verdict:
     """Does as `check`, where the place says that a checkpoint has to be here: that it is none is a problem of it."""
     try:
         return check(path)
-    except UnsupportedFormat as error:
+    except (UnsupportedFormat, CheckpointNotFound) as error:
         return Verdict(path, (str(error),))
-
-
-def _find_fault(reader: Reader) -> list[str]:
-    """Returns what is wrong with the files beside the arrays."""
-    if not reader.contents.manifest or reader.contents.format != "orbax_directory":
-        return []
-    fault = catalog.find_fault(reader.path)
-    return [] if fault is None else [fault]
-
-
-def _find_damage(reader: Reader) -> list[str]:
-    try:
-        reader.verify(reader.contents.leaves, READ_THREADS)
-    except CheckpointDamaged as error:
-        if reader.contents.format == "keras_archive":
-            return [str(error)]  # the archive has one checksum for all leaves
-    else:
-        return []
-    return [str(problem) for leaf in reader.contents.leaves for problem in _find_leaf_damage(reader, leaf)]
-
-
-def _find_leaf_damage(reader: Reader, leaf: StoredLeaf) -> list[CheckpointDamaged]:
-    try:
-        reader.verify([leaf], 1)
-    except CheckpointDamaged as error:
-        return [error]
-    return []
-
-
-def _describe_cover(reader: Reader) -> str:
-    if isinstance(reader, OrbaxReader):
-        return "every value" if reader.is_direct else "the index"
-    return "every value" if reader.contents.format == "keras_archive" else "nothing"

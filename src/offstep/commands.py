@@ -133,9 +133,16 @@ def verify(args: Namespace) -> Answer:
         if verdict.problems:
             shown += [f"damaged  {verdict.path}", *(f"         {problem}" for problem in verdict.problems)]
         else:
-            cover = f"{spell_bytes(verdict.size_bytes)}, checksums of {verdict.covered}"
-            shown.append(f"whole    {verdict.path}  ({verdict.leaves} leaves, {cover})")
+            shown.append(f"whole    {verdict.path}  ({_describe_cover(verdict)})")
     return Answer(document, shown, DAMAGED if damaged else DONE)
+
+
+def _describe_cover(verdict: checking.Verdict) -> str:
+    checked = f"{verdict.leaves} leaves, {spell_bytes(verdict.checked_bytes)} compared with checksums"
+    if not verdict.unchecked:
+        return checked
+    more = f" and {len(verdict.unchecked) - 1} more" if len(verdict.unchecked) > 1 else ""
+    return f"{checked}; without a checksum: {verdict.unchecked[0]}{more}"
 
 
 def diff(args: Namespace) -> Answer:
