@@ -85,7 +85,7 @@ def _rewrite_directory(source: Reader, target: Path, values: Values, extra: dict
     )
     with open_scratch(target.parent) as file, map_pages(file, plan.slot_bytes) as slot:
         _fill(slot, plan, source, values)
-        orbax_step.write(job, prepared, slot)
+        orbax_step.write(job, prepared, slot, {})  # no place in a run: an average is none to go on from
 
 
 def _to_leaf(leaf: StoredLeaf, shardings: dict[str, str]) -> Leaf:
