@@ -21,6 +21,7 @@ from keras_file_reader import assert_same, read_file
 from runs import fit, make_data, make_model, read_state
 from test_commit import mounted_tmpfs
 
+import offstep
 from offstep import ModelCheckpoint, SaveFailed
 from offstep._native import crc32c
 from offstep.formats import file_manifest
@@ -365,3 +366,12 @@ def test_values_that_are_not_finite_are_counted(suffix: str, tmp_path: Path) -> 
     found = file_manifest.read(path)
     assert found is not None
     assert found.nonfinite == 4
+
+
+@pytest.mark.parametrize("suffix", ["keras", "weights.h5"])
+def test_the_best_of_the_files_of_a_run_is_found_by_their_manifests(suffix: str, tmp_path: Path) -> None:
+    history = fit(make_model(), [ModelCheckpoint(tmp_path / f"{{epoch}}.{suffix}", **KINDS[suffix])], epochs=4)
+    losses = history.history["loss"]
+    for mode, pick in (("min", min), ("max", max)):
+        expected = losses.index(pick(losses)) + 1
+        assert offstep.best(tmp_path, "loss", mode=mode) == tmp_path / f"{expected}.{suffix}"

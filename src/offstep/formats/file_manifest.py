@@ -44,8 +44,13 @@ def read(path: Path) -> Manifest | None:
         ValueError: see `manifest.parse`.
         OSError: it cannot be read.
     """
-    text = _read_comment(path) if zipfile.is_zipfile(path) else _read_trailer(path)
+    text = read_text(path)
     return manifest.parse(text) if text else None
+
+
+def read_text(path: Path) -> bytes:
+    """Returns the text of the manifest of a file; empty where there is none."""
+    return _read_comment(path) if zipfile.is_zipfile(path) else _read_trailer(path)
 
 
 def _read_comment(path: Path) -> bytes:

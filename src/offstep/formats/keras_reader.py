@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
+from offstep.formats import file_manifest
 from offstep.formats.orbax_reader import parse_manifest
 from offstep.host_memory import make_array
-from offstep.manifest import MANIFEST_NAME
 from offstep.stored import Contents, Region, StoredLeaf, as_dtype
 
 SUFFIXES = (".weights.h5", ".keras")
@@ -132,9 +132,8 @@ class KerasReader:
             ) from error
 
     def _read_manifest(self) -> Mapping[str, Any]:
-        if self._archive is None or MANIFEST_NAME not in self._archive.namelist():
-            return {}
-        return parse_manifest(self._archive.read(MANIFEST_NAME), self.path)
+        text = file_manifest.read_text(self.path)
+        return parse_manifest(text, self.path) if text else {}
 
     def _find_offset(self, region: Region) -> int | None:
         """Returns where in the file a whole dataset lies in one piece, in our byte order; `None` if it does not."""
