@@ -74,6 +74,15 @@ def build_model() -> keras.Model:
     return model
 
 
+def fit(callbacks: list[keras.callbacks.Callback], *, epochs: int, rows: int | None = None) -> keras.callbacks.History:
+    """Trains a new model on the first `rows` images, and validates it on the test images after each epoch."""
+    (images, labels), test = load_data()
+    keras.utils.set_random_seed(7)
+    return build_model().fit(
+        images[:rows], labels[:rows], 64, epochs, callbacks=callbacks, validation_data=test, verbose=2
+    )
+
+
 def train(root: Path, *, announce_steps: bool = False) -> tuple[keras.Model, ModelCheckpoint]:
     """Trains to the end of the last epoch, from the newest checkpoint on; on return all checkpoints are durable."""
     # Only here, because `evaluate` shall restore with nothing but Keras.
