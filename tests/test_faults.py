@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -379,6 +380,121 @@ atexit.register(tell, pid)
         assert status == 1
         wait_for_end(writer)
     assert_holds(tmp_path, [1, 2])
+
+
+def test_os_exit_leaves_the_saves_to_the_writer(tmp_path: Path) -> None:
+    script = """
+checkpointer.save(1, state(1))
+tell(writer_pid())
+os._exit(5)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        assert trainer.wait(PATIENCE_SECONDS) == 5
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1])
+
+
+def test_a_disk_that_hangs_keeps_the_exit_waiting_only_as_long_as_it_may(tmp_path: Path) -> None:
+    script = """
+checkpointer = offstep.Checkpointer(directory, exit_seconds=0.2)
+checkpointer.save(1, state(1))
+checkpointer.wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+checkpointer.save(2, state(2))
+tell(pid)
+"""
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        try:
+            status = trainer.wait(PATIENCE_SECONDS)
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        assert status == 1
+        late = "not durable after 0.2 s at exit; 1 saves that were not durable yet are left to the writer process"
+        assert f"offstep: {late}" in err
+        wait_for_end(writer)
+    assert_holds(tmp_path, [1, 2])
+
+
+def test_a_save_after_the_waiting_at_exit_is_refused(tmp_path: Path) -> None:
+    script = """
+checkpointer.save(1, state(1))
+"""
+    early = "import atexit\natexit.register(lambda: checkpointer.save(2, state(2)))\n"
+    command = [sys.executable, "-c", early + PRELUDE + script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "a checkpoint cannot be saved any more: the interpreter is shutting down" in done.stderr
+    assert_holds(tmp_path, [1])
+
+
+FIT = """
+import keras
+from offstep import ModelCheckpoint
+
+class Ending(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 3:
+            [writer] = psutil.Process().children()
+            writer.suspend()
+        if batch == 5:
+            [writer] = psutil.Process().children()
+            tell(writer.pid)
+            end(writer.pid)
+
+def fit():
+    model = keras.Sequential([keras.layers.Input((2,), name="i"), keras.layers.Dense(1, name="d")], name="m")
+    model.compile("sgd", "mse")
+    ours = ModelCheckpoint(directory + "/{step}", save_freq=2, slots=3)
+    model.fit(np.ones((20, 2)), np.ones((20, 1)), batch_size=1, verbose=0, callbacks=[ours, Ending()])
+
+"""
+FIT_ENDINGS = {
+    "an exception": ("os.kill(pid, signal.SIGCONT); raise ZeroDivisionError", 1),
+    "sys.exit": ("os.kill(pid, signal.SIGCONT); sys.exit(3)", 3),
+    "Ctrl-C": ("os.kill(pid, signal.SIGCONT); signal.raise_signal(signal.SIGINT)", -signal.SIGINT),
+    "os._exit": ("os.kill(pid, signal.SIGCONT); os._exit(4)", 4),
+    "SIGTERM": ("os.kill(pid, signal.SIGCONT); os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize(("ending", "status"), FIT_ENDINGS.values(), ids=FIT_ENDINGS.keys())
+def test_what_fit_saved_before_it_ended_early_becomes_durable(tmp_path: Path, ending: str, status: int) -> None:
+    with running(f"{FIT}end = lambda pid: exec('{ending}')\nfit()", str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        assert trainer.returncode == status, err
+        wait_for_end(writer)
+    assert sorted(os.listdir(tmp_path)) == ["2", "4"]
+
+
+def test_a_second_ctrl_c_ends_also_the_waiting_for_what_fit_saved(tmp_path: Path) -> None:
+    script = (
+        FIT
+        + """
+end = lambda pid: signal.raise_signal(signal.SIGINT)
+try:
+    fit()
+except KeyboardInterrupt:
+    tell("once")
+"""
+    )
+    with running(script, str(tmp_path)) as trainer:
+        writer = int(hear(trainer))
+        assert hear(trainer) == "once"
+        wait_until(lambda: is_waiting_for_the_writer(trainer.pid))
+        trainer.send_signal(signal.SIGINT)
+        try:
+            status = trainer.wait(PATIENCE_SECONDS)
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
+        assert re.search("offstep: interrupted at exit; [12] saves .* yet are left to the writer process", err)
+        assert status == 1
+        wait_for_end(writer)
+    assert sorted(os.listdir(tmp_path)) == ["2", "4"]
 
 
 def is_waiting_for_the_writer(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -15,12 +16,14 @@ from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every
 from offstep.destination import Destination
-from offstep.engine import Engine, Target
+from offstep.engine import Engine
+from offstep.errors import SaveFailed, SaveTimeout
 from offstep.keras_decisions import DecidingCheckpoint, Stock
 from offstep.keras_resume import Event, Moment, Resumption
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
-from offstep.records import SaveStats
+from offstep.preemption import Preemption
+from offstep.records import SaveStats, Target
 from offstep.reports import Counts
 
 _VERSIONS = {"keras": keras.__version__, "jax": version("jax")}  # read once: it takes longer than a small snapshot
@@ -78,6 +81,10 @@ class ModelCheckpoint(DecidingCheckpoint):
             often that is and why, and again when it changes.
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
+        exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
+        save_on_preemption: When SIGTERM comes, save at the end of the batch, wait until that is durable, and only then
+            let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`.
+        preemption_seconds: How long after SIGTERM that has to be done.
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
             not been interrupted; see `BackupAndRestore`. Not with Keras's files, nor with `save_weights_only`.
@@ -117,6 +124,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         retry_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         resume: bool = False,
+        exit_seconds: float = 300.0,
+        save_on_preemption: bool = False,
+        preemption_seconds: float = 25.0,
     ) -> None:
         # Keras's checks know its own files only: they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
@@ -148,6 +158,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             in_process=in_process,
             full_every=full_every,
             retry_seconds=retry_seconds,
+            exit_seconds=exit_seconds,
         )
         if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
@@ -172,6 +183,10 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._as_trained = False
         self._dispatch = Dispatch()
         self._resumption = _make_resumption(self) if resume else None
+        self._preemption: Preemption | None = None
+        if save_on_preemption:
+            self._check_can_save_any_batch()
+            self._preemption = Preemption(preemption_seconds)
 
     # Keras's constructor sets the filepath before the rest.
     save_weights_only = False
@@ -229,6 +244,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         if self._resumption is not None:
             self._resumption.begin(self._model, self.filepath)
             self._correct_steps()
+        if self._preemption is not None:
+            self._preemption.watch(self._is_training)
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Notes the epoch."""
@@ -276,6 +293,10 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._catch_up("test_begin")
         self._pause()
 
+    def on_test_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Saves before the process is terminated, rather than after the validation."""
+        self._obey_preemption(self._steps.last_batch)
+
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Saves if due."""
         if self._resumption is not None:
@@ -290,14 +311,18 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._save_model(epoch=epoch, batch=None, logs=logs)
         self._engine.poll()
         self._pause()
+        self._obey_preemption(None if self.save_freq == "epoch" else self._steps.last_batch)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Waits until everything is durable, and frees the slots."""
         if self._has_ended():
             self._catch_up("epoch_end")
+        self._obey_preemption(self._steps.last_batch)
         if self._resumption is not None:
             self._resumption.end()
         self._engine.close()
+        if self._preemption is not None:
+            self._preemption.stop_watching()
         self._engine.raise_failures()
 
     def _has_ended(self) -> bool:
@@ -319,12 +344,40 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._event = event
         self._engine.poll()
         self._steps.count(batch)
-        if not self._should_save_on_batch(batch):
+        is_due = self._should_save_on_batch(batch)
+        if is_due:
+            if logs is None and self._needs_logs:
+                self._correct_steps()
+                logs = self._dispatch.wait_for_logs(batch)
+            self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+        self._obey_preemption(None if is_due else batch)
+
+    # ---------------------------------------------------------------------------------------------- preemption
+
+    def _is_training(self) -> bool:
+        return not self._is_in_fit or keras_state.is_in_fit(self._model)
+
+    def _obey_preemption(self, batch: int | None) -> None:
+        """Once SIGTERM has come: saves (unless `batch` is `None`: that was just done), waits, and lets it act."""
+        preemption = self._preemption
+        if preemption is None or not preemption.is_due:
             return
-        if logs is None and self._needs_logs:
-            self._correct_steps()
-            logs = self._dispatch.wait_for_logs(batch)
-        self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+        try:
+            if batch is not None and batch >= 0:
+                self._save_model(self._current_epoch, batch, None)
+            self._engine.wait(preemption.remaining_seconds)
+        except (SaveFailed, SaveTimeout) as error:
+            print(f"offstep: at SIGTERM: {error}", file=sys.stderr)
+        preemption.hand_over()  # where that lets training go on, it watches further
+
+    def _check_can_save_any_batch(self) -> None:
+        if self.save_best_only:
+            raise ValueError("save_on_preemption saves what there is, not the best. Received: save_best_only=True")
+        if self._destination.template.fields - {"epoch", "batch", "step"}:
+            raise ValueError(
+                "save_on_preemption wants no other fields than epoch, batch and step in filepath: it cannot wait for "
+                f"metrics. Received: filepath={self.filepath}"
+            )
 
     # ------------------------------------------------------------------------------------------------- deciding
 
@@ -383,6 +436,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
             started=started,
             compute_seconds=compute_seconds,
+            must_save=self._preemption is not None and self._preemption.is_due,
         )
         if pending is None:
             self.best = best  # the next one has to beat what is on the disk

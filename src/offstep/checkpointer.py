@@ -12,12 +12,12 @@ from typing import Any
 import jax
 
 from offstep import catalog, commit, retention
-from offstep.engine import Engine, Target
+from offstep.engine import Engine
 from offstep.errors import CheckpointNotFound, UnsupportedLeaf
 from offstep.leaf_paths import list_paths, path_keys
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
-from offstep.records import PathKey, SaveStats
+from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
 from offstep.snapshot import describe_leaf
 
@@ -56,6 +56,7 @@ class Checkpointer:
         full_every: With `skip_unchanged`, each how many saves everything is written anew; `None` only when it must be.
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
+        exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
 
     Raises:
         ValueError: an argument is out of range.
@@ -89,6 +90,7 @@ class Checkpointer:
         skip_unchanged: bool | Callable[[str], bool] = False,
         full_every: int | None = None,
         retry_seconds: float = 30.0,
+        exit_seconds: float = 300.0,
     ) -> None:
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
@@ -108,6 +110,7 @@ class Checkpointer:
             in_process=in_process,
             full_every=full_every,
             retry_seconds=retry_seconds,
+            exit_seconds=exit_seconds,
         )
         self._engine = Engine(options)
         self.directory = Path(directory).absolute()

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from offstep import catalog, commit, policy
-from offstep.engine import Target
 from offstep.manifest import Manifest
 from offstep.pending import PendingSave
+from offstep.records import Target
 
 Fields = Mapping[str, object]
 

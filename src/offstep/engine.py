@@ -9,60 +9,25 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
-from offstep import lifecycle, writer
+from offstep import lifecycle, shared_writer
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
 from offstep.options import Options
 from offstep.pending import PendingSave
-from offstep.records import Job, Leaf, PathKey, SaveStats
-from offstep.rendering import Rendering, make_image, read_arrays
+from offstep.records import Leaf, PathKey, SaveStats, Target
+from offstep.rendering import Rendering, make_image
 from offstep.reports import Counts, Outcome, Reports
 from offstep.retention import Ranking
+from offstep.signals import held_signals
 from offstep.snapshot import Array, Snapshotter
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where one checkpoint goes.
-
-    Attributes:
-        base: Existing directory below which everything happens.
-        root: Directory of steps; the checkpoint is `root/<step>`. For a single file, the directory that it is in.
-        shown: The path that the user is told.
-        keep: How many of the newest steps stay; `None` keeps all.
-        replace_all: Whether all other steps of the root go.
-        file: The checkpoint itself, where it is a single file.
-        siblings: Other files that `keep` counts, oldest first.
-    """
-
-    base: Path
-    root: Path
-    shown: str
-    keep: int | None = None
-    replace_all: bool = False
-    file: Path | None = None
-    siblings: tuple[str, ...] = ()
-
-
-@dataclass
-class _Opened:
-    """What exists between `open` and `close`."""
-
-    writer: writer.Writer
-    format: str
-    plan: int
-    snapshotter: Snapshotter
-    pool: SlotPool
-    fetcher: ThreadPoolExecutor | None
-    rendering: Rendering | None
-
+from offstep.submission import Opened, Work, describe_job, render
 
 OnDurable = Callable[[PendingSave], None]
 
@@ -82,7 +47,7 @@ class Engine:
         self._on_durable: Callable[[], OnDurable | None] = (
             weakref.WeakMethod(on_durable) if isinstance(on_durable, MethodType) else lambda: on_durable
         )
-        self._opened: _Opened | None = None
+        self._opened: Opened | None = None
         self._reports = Reports(options.on_error)
         self._tie: weakref.finalize[..., object] | None = None
 
@@ -128,37 +93,44 @@ class Engine:
             UnsupportedLeaf: a leaf that stock readers could not read back.
         """
         self.close()
+        lifecycle.check_is_running()
         lifecycle.close_abandoned()  # before a budget is taken of what memory there is
         options = self._options
         plan = FORMATS[format].place(leaves, empty_nodes)
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
-        pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
-        borrowed = writer.borrow_shared(in_process=options.in_process)
-        for slot in pool.slots:
-            borrowed.add_slot(slot)
-        number = borrowed.add_plan(plan, format, documents)
-        needs_thread = snapshotter.mode != "host" or rendering is not None
-        fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
-        lifecycle.add(self)
-        self._tie = None if owner is None else lifecycle.tie(self, owner)
-        self._opened = _Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering)
+        with held_signals(), ExitStack() as undo:
+            pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
+            undo.callback(pool.close)
+            borrowed = shared_writer.borrow_shared(in_process=options.in_process)
+            undo.callback(shared_writer.return_shared, in_process=options.in_process)
+            for slot in pool.slots:
+                borrowed.add_slot(slot)
+                undo.callback(borrowed.drop_slot, slot)
+            number = borrowed.add_plan(plan, format, documents)
+            needs_thread = snapshotter.mode != "host" or rendering is not None
+            fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
+            lifecycle.add(self)
+            self._tie = None if owner is None else lifecycle.tie(self, owner)
+            self._opened = Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering)
+            undo.pop_all()
 
     def close(self) -> None:
         """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`."""
         if self._opened is None:
             return
         self.wait_all(None)
-        opened, self._opened = self._opened, None
-        if self._tie is not None:
-            self._tie.detach()
-        if opened.fetcher is not None:
-            opened.fetcher.shutdown()
-        for slot in opened.pool.slots:
-            opened.writer.drop_slot(slot)
-        opened.writer.drop_plan(opened.plan)
-        opened.pool.close()
-        writer.return_shared(in_process=self._options.in_process)
-        self._retire_if_finished()
+        with held_signals():  # half closed, it would keep its slots to the end of the process
+            opened, self._opened = self._opened, None
+            if self._tie is not None:
+                self._tie.detach()
+            if opened.fetcher is not None:
+                opened.fetcher.shutdown()
+            for slot in opened.pool.slots:
+                opened.writer.drop_slot(slot)
+            opened.writer.drop_plan(opened.plan)
+            opened.pool.close()
+            self._retire_if_finished()
+        shared_writer.return_shared(in_process=self._options.in_process)
         lifecycle.close_abandoned()  # the writer works in order: what they submitted before us is done
 
     def close_if_idle(self) -> bool:
@@ -173,12 +145,24 @@ class Engine:
         if self._opened is None and not self._reports.has_untold:
             lifecycle.remove(self)
 
+    def finish(self, within_seconds: float) -> bool:
+        """Closes it if its saves are done within the time, or within its `exit_seconds`; returns whether it did."""
+        if not self.wait_all(min(within_seconds, self._options.exit_seconds)):
+            return False
+        self.close()
+        return True
+
+    @property
+    def exit_seconds(self) -> float:
+        """How long the end of the process waits for the saves."""
+        return self._options.exit_seconds
+
     def describe_unfinished(self) -> str:
         """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
-        fate = (
-            "are lost" if self._opened is None or self._opened.writer.in_process else "are left to the writer process"
-        )
-        return f"interrupted at exit; {len(self._reports.pending)} saves that were not durable yet {fate}"
+        count = len(self._reports.pending)
+        is_lost = self._opened is None or self._opened.writer.in_process or self._opened.fetcher is not None
+        fate = "may be lost" if is_lost else "are left to the writer process"
+        return f"{count} saves that were not durable yet {fate}" if count else ""
 
     def take_failures(self) -> list[SaveFailed]:
         """Returns the failures that nobody has been told of, and forgets them."""
@@ -211,6 +195,7 @@ class Engine:
         note: str = "",
         started: float | None = None,
         compute_seconds: float = 0.0,
+        must_save: bool = False,
     ) -> PendingSave | None:
         """Takes a snapshot and submits it; what it returns is not durable yet.
 
@@ -229,6 +214,7 @@ class Engine:
             note: Kept with the pending save.
             started: `time.monotonic()` at which the caller's hook began.
             compute_seconds: How long it has waited since then until a training step was computed.
+            must_save: Wait for a slot whatever `on_busy` says.
 
         Returns:
             The pending save, or `None` when it was skipped: no slot was free (`on_busy="skip"`), or none was to be
@@ -238,134 +224,107 @@ class Engine:
         assert opened is not None, "open() comes first"
         started = time.monotonic() if started is None else started
         self.counts.requested += 1
-        slot, waited = self._acquire(opened)
+        waited = self._wait_for_slot(opened, must_save=must_save)
+        before = time.monotonic()
+        if opened.snapshotter.settle_mode(arrays) != "device_copy":
+            opened.snapshotter.wait_until_computed(arrays)
+        compute_seconds += time.monotonic() - before
         state_bytes = opened.snapshotter.plan.state_bytes
         stats = SaveStats(step, target(step).shown, state_bytes, 0.0, waited, compute_seconds=compute_seconds)
         pending = PendingSave(stats, note, self)
-        if slot is None:
+        with held_signals():  # Ctrl-C in here would leave a slot that nobody gives back, or tear what is in it
+            slot = opened.pool.try_acquire() or self._replace_oldest(opened)
+            if slot is not None:
+                number = opened.writer.next_job_number()
+                work = Work(
+                    number,
+                    opened,
+                    slot,
+                    pending,
+                    target,
+                    step_leaf,
+                    step_divisor,
+                    manifest or {},
+                    attachments or {},
+                    started,
+                    ranking or Ranking(),
+                )
+                self._hand_over(work, arrays)
             pending.change(call_seconds=time.monotonic() - started)
             self._reports.keep(pending)
-            self._reports.skip(pending)
-            return None
-        number = opened.writer.next_job_number()
-        work = _Work(
-            number,
-            opened,
-            slot,
-            pending,
-            target,
-            step_leaf,
-            step_divisor,
-            manifest or {},
-            attachments or {},
-            started,
-            ranking or Ranking(),
-        )
-        self._reports.expect(number, pending)
+            if slot is None:
+                self._reports.skip(pending)
+        return None if slot is None else pending
+
+    def _wait_for_slot(self, opened: Opened, *, must_save: bool) -> float:
+        """Waits where `on_busy` says so, and returns how many seconds."""
+        started = time.monotonic()
+        if self._options.on_busy != "wait" and not must_save:
+            return 0.0
+        if opened.pool.has_free:
+            return 0.0
+        while not opened.pool.has_free:
+            self._advance(until=lambda: opened.pool.has_free)
+        return time.monotonic() - started
+
+    def _hand_over(self, work: Work, arrays: Sequence[Array]) -> None:
+        self._reports.expect(work.number, work.pending)
         try:
             self._start(work, arrays)
         except BaseException:
-            if opened.writer.call_off(number):  # else the writer has begun, and will report
-                self._reports.call_off(number)
-                opened.pool.release(slot)
+            if work.opened.writer.call_off(work.number):  # else the writer has begun, and will report
+                self._reports.call_off(work.number)
+                work.opened.pool.release(work.slot)
             raise
-        pending.change(call_seconds=time.monotonic() - started)
-        self._reports.keep(pending)
-        return pending
 
-    def _acquire(self, opened: _Opened) -> tuple[Slot | None, float]:
-        slot = opened.pool.try_acquire()
-        if slot is None and self._options.on_busy == "latest":
-            slot = self._replace_oldest(opened)
-        if slot is not None or self._options.on_busy != "wait":
-            return slot, 0.0
-        started = time.monotonic()
-        while slot is None:
-            self._advance(until=lambda: opened.pool.has_free)
-            slot = opened.pool.try_acquire()
-        return slot, time.monotonic() - started
-
-    def _replace_oldest(self, opened: _Opened) -> Slot | None:
+    def _replace_oldest(self, opened: Opened) -> Slot | None:
         """Takes the slot of the oldest snapshot that nobody has begun to write; `None` where there is none.
 
         The oldest: with three slots or more, a newer one stays submitted if this process is killed meanwhile.
         """
+        if self._options.on_busy != "latest":
+            return None
         opened.writer.collect()
         if not opened.pool.has_free:
             any(opened.writer.withdraw(number) for number in self._reports.pending_numbers)
         return opened.pool.try_acquire()
 
-    def _start(self, work: _Work, arrays: Sequence[Array]) -> None:
+    def _start(self, work: Work, arrays: Sequence[Array]) -> None:
         opened = work.opened
-        if opened.snapshotter.settle_mode(arrays) == "device_copy":
+        if opened.snapshotter.mode == "device_copy":
             self._queue(work, opened.snapshotter.copy_on_device(arrays))
             return
-        before = time.monotonic()
-        opened.snapshotter.wait_until_computed(arrays)
-        computed = work.pending.stats.compute_seconds + time.monotonic() - before
-        work.pending.change(compute_seconds=computed)
         opened.snapshotter.take(arrays, work.slot)
         if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
             self._submit(work)
         else:
             self._queue(work, None)
 
-    def _is_queue_empty(self, work: _Work) -> bool:
+    def _is_queue_empty(self, work: Work) -> bool:
         # Saves must reach the writer in their order: two may have one target.
         return all(pending.wait_until_submitted(0) for pending in self._reports.pending if pending is not work.pending)
 
-    def _queue(self, work: _Work, private: list[Array] | None) -> None:
+    def _queue(self, work: Work, private: list[Array] | None) -> None:
         assert work.opened.fetcher is not None
         work.opened.fetcher.submit(self._fetch, work, private)
 
-    def _fetch(self, work: _Work, private: list[Array] | None) -> None:
+    def _fetch(self, work: Work, private: list[Array] | None) -> None:
         """Runs on the fetching thread."""
         try:
             if private is not None:
                 work.opened.snapshotter.fetch(private, work.slot)
-            self._submit(work, self._render(work))
+            self._submit(work, render(work, self._reports.remark))
         except Exception as error:  # noqa: BLE001  reported like any failure of the writer
             self._take_outcome(work, {"error": f"{type(error).__name__}: {error}", "errno": None})
 
-    def _render(self, work: _Work) -> bytes | None:
-        """Returns the file where the trainer has to make it, else `None`."""
-        rendering = work.opened.rendering
-        if rendering is None or rendering.is_settled:
-            return None
-        arrays = read_arrays(work.opened.snapshotter.plan, work.slot.buffer)
-        is_known = bool(rendering.difference)
-        if not rendering.has_to_render(arrays):
-            return None
-        if rendering.difference and not is_known:
-            text = f"{rendering.difference}: from now on Keras writes each file, on a thread beside fit."
-            self._reports.remark(text)
-        return rendering.render(arrays)
-
-    def _submit(self, work: _Work, content: bytes | None = None) -> None:
+    def _submit(self, work: Work, content: bytes | None = None) -> None:
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
         work.pending.change(step=step, path=target.shown)
         image = None if content is None else make_image(content)
-        job = Job(
-            number=work.number,
-            step=step,
-            format=work.opened.format if content is None else "whole_file",
-            target=str(target.root / str(step) if target.file is None else target.file),
-            base=str(target.base),
-            root=str(target.root),
-            slot=work.slot.number if image is None else image.number,
-            plan=work.opened.plan,
-            tag=work.opened.writer.job_tag(work.number),
-            keep=target.keep,
-            replace_all=target.replace_all,
-            siblings=target.siblings,
-            file_bytes=None if content is None else len(content),
-            manifest=work.manifest | {"step": step, "run": work.opened.writer.run},
-            ranking=asdict(work.ranking),
-            full_every=self._options.full_every,
-            retry_seconds=self._options.retry_seconds,
-        )
-        if image is not None:
+        job = describe_job(work, step, target, self._options)
+        if image is not None and content is not None:
+            job = replace(job, format="whole_file", slot=image.number, file_bytes=len(content))
             work.opened.writer.add_slot(image)
         work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
         work.pending.mark_submitted()
@@ -438,7 +397,7 @@ class Engine:
             return
         opened.writer.collect(3600.0 if timeout is None else timeout, until)
 
-    def _take_outcome(self, work: _Work, outcome: Outcome, image: Slot | None = None) -> None:
+    def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
         failure = self._reports.take_in(work.number, outcome, work.started)
         if image is not None:
             work.opened.writer.drop_slot(image)
@@ -448,27 +407,3 @@ class Engine:
         on_durable = self._on_durable()
         if failure is None and on_durable is not None:
             on_durable(work.pending)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One save between snapshot and outcome."""
-
-    number: int
-    opened: _Opened
-    slot: Slot
-    pending: PendingSave
-    target: Callable[[int], Target]
-    step_leaf: int | None
-    step_divisor: int
-    manifest: dict[str, Any]  # JSON
-    attachments: Mapping[str, Attachment]
-    started: float
-    ranking: Ranking
-
-    def read_step(self) -> int:
-        """Returns the step that the snapshot itself holds."""
-        assert self.step_leaf is not None
-        layout = self.opened.snapshotter.plan.leaves[self.step_leaf]
-        count = self.slot.buffer[layout.offset : layout.offset + layout.chunk_bytes]
-        return int.from_bytes(count, "little") // self.step_divisor

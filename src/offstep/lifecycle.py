@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 import weakref
 from collections import deque
 from functools import cache
@@ -23,6 +24,13 @@ class Unfinished(Protocol):
     def close_if_idle(self) -> bool:
         """Closes it unless a save is pending; never waits for one; returns whether it is closed."""
 
+    def finish(self, within_seconds: float) -> bool:
+        """Closes it if its saves are done within the time, or within its `exit_seconds`; returns whether it did."""
+
+    @property
+    def exit_seconds(self) -> float:
+        """How long the end of the process waits for the saves."""
+
     def describe_unfinished(self) -> str:
         """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
 
@@ -34,6 +42,9 @@ class Unfinished(Protocol):
 
 
 _unfinished: dict[Unfinished, None] = {}  # a dict, so that they keep their order
+_is_over = False
+_SILENT_SECONDS = 5.0  # a wait at exit longer than this is explained
+
 _abandoned: deque[Unfinished] = deque()  # their owners are gone, by an exception in `fit` or a forgotten `close`
 
 
@@ -73,19 +84,39 @@ def _register_exit() -> None:
     atexit.register(_finish_at_exit)
 
 
+def check_is_running() -> None:
+    """Raises a `RuntimeError` when the process has waited for its saves already, so that nobody would for another."""
+    if _is_over:
+        raise RuntimeError("a checkpoint cannot be saved any more: the interpreter is shutting down")
+
+
 def _finish_at_exit() -> None:
     """Waits for all that was submitted; failures that nobody has been told of are printed and fail the exit."""
+    global _is_over  # noqa: PLW0603
+    _is_over = True
     problems: list[str] = []
+    engines = list(_unfinished)
     try:
-        for engine in list(_unfinished):
-            engine.close()
+        late = _finish(engines)
     except KeyboardInterrupt:
-        problems += [engine.describe_unfinished() for engine in _unfinished]
-    problems += [str(failure) for engine in _unfinished for failure in engine.take_failures()]
+        late = [f"interrupted at exit; {text}" for engine in engines if (text := engine.describe_unfinished())]
+    problems += late
+    problems += [str(failure) for engine in engines for failure in engine.take_failures()]
     for problem in problems:
         print(f"offstep: {problem}", file=sys.stderr)
     if problems:
         _native.fail_exit()
+
+
+def _finish(engines: list[Unfinished]) -> list[str]:
+    """Closes the engines, and says of which the time ran out."""
+    started = time.monotonic()
+    quick = [engine for engine in engines if engine.finish(_SILENT_SECONDS)]
+    slow = [engine for engine in engines if engine not in quick]
+    if slow:
+        print("offstep: waiting for saves to become durable; Ctrl-C ends the waiting", file=sys.stderr)
+    late = [engine for engine in slow if not engine.finish(engine.exit_seconds - (time.monotonic() - started))]
+    return [f"not durable after {engine.exit_seconds} s at exit; {engine.describe_unfinished()}" for engine in late]
 
 
 def _forget_after_fork() -> None:

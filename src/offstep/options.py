@@ -26,6 +26,7 @@ class Options:
     in_process: bool = False
     full_every: int | None = None
     retry_seconds: float = 30.0
+    exit_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         """Checks each option.
@@ -48,9 +49,10 @@ class Options:
         every = self.full_every
         is_every = every is None or (isinstance(every, int) and every >= 1)
         _check(is_every, "full_every must be None or an integer of at least 1", every)
-        seconds = self.retry_seconds
-        is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
-        _check(is_time, "retry_seconds must be a finite number of seconds, 0 or more", seconds)
+        for name in ("retry_seconds", "exit_seconds"):
+            seconds = getattr(self, name)
+            is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
+            _check(is_time, f"{name} must be a finite number of seconds, 0 or more", seconds)
         modes = (None, "host", "device_copy", "transfer")
         rule = "snapshot_mode must be None, 'host', 'device_copy' or 'transfer'"
         _check(self.snapshot_mode in modes, rule, self.snapshot_mode)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 PathKey = str | int
@@ -123,6 +124,29 @@ class Plan:
 def _with_tuples(item: dict[str, Any], *names: str) -> dict[str, Any]:
     """Returns the JSON object with the lists under `names` turned back into tuples."""
     return item | {name: tuple(item[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one checkpoint goes.
+
+    Attributes:
+        base: Existing directory below which everything happens.
+        root: Directory of steps; the checkpoint is `root/<step>`. For a single file, the directory that it is in.
+        shown: The path that the user is told.
+        keep: How many of the newest steps stay; `None` keeps all.
+        replace_all: Whether all other steps of the root go.
+        file: The checkpoint itself, where it is a single file.
+        siblings: Other files that `keep` counts, oldest first.
+    """
+
+    base: Path
+    root: Path
+    shown: str
+    keep: int | None = None
+    replace_all: bool = False
+    file: Path | None = None
+    siblings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Channel:
             EOFError: the other end is gone and everything it sent has been returned.
         """
         while not self._messages:
-            if not self._wait_readable(timeout_seconds):
+            if not self.wait_readable(timeout_seconds):
                 return None
             self._read()
         message = self._messages.popleft()
@@ -62,7 +62,10 @@ class Channel:
         while self._descriptors:
             os.close(self._descriptors.popleft())
 
-    def _wait_readable(self, timeout_seconds: float | None) -> bool:
+    def wait_readable(self, timeout_seconds: float | None) -> bool:
+        """Returns whether a message, a part of one, or the end came within the time."""
+        if self._messages:
+            return True
         poll = select.poll()  # not select.select: descriptors may be above 1023
         poll.register(self.socket, select.POLLIN)
         return bool(poll.poll(None if timeout_seconds is None else timeout_seconds * 1000))

@@ -26,6 +26,7 @@ from offstep import worker
 from offstep.attachments import Attachment
 from offstep.buffers import Slot
 from offstep.records import Job, Plan
+from offstep.signals import held_signals
 from offstep.wire import Channel, Message
 
 Outcome = Message
@@ -74,7 +75,7 @@ class Writer:
         self._wants_thread = in_process
         self.in_process = in_process  # also when no process could be started
         self._turn = threading.Condition()
-        self._is_receiving = False  # whether a thread waits for reports; guarded by self._turn
+        self._receiver: object = None  # the call of `collect` that waits for reports; guarded by self._turn
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
         self._handed = _Handed()
         self._channel: Channel | None = None
@@ -200,39 +201,51 @@ class Writer:
             until: Ends the waiting when true.
         """
         deadline = time.monotonic() + timeout_seconds
-        with self._turn:
-            while self._is_receiving:  # another thread takes the reports in, and tells after each
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or until():
-                    return
-                self._turn.wait(remaining)
-            self._is_receiving = True
+        me = object()
         try:
-            while self._handed.jobs and not until() and self._take_in(max(0.0, deadline - time.monotonic())):
-                with self._turn:
-                    self._turn.notify_all()
+            if self._become_receiver(me, deadline, until):
+                while self._handed.jobs and not until() and self._take_in(max(0.0, deadline - time.monotonic())):
+                    with self._turn:
+                        self._turn.notify_all()
         finally:
             with self._turn:
-                self._is_receiving = False
-                self._turn.notify_all()
+                if self._receiver is me:
+                    self._receiver = None
+                    self._turn.notify_all()
+
+    def _become_receiver(self, who: object, deadline: float, until: Callable[[], bool]) -> bool:
+        with self._turn:
+            while self._receiver is not None:  # another thread takes the reports in, and tells after each
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or until():
+                    return False
+                self._turn.wait(remaining)
+            self._receiver = who
+        return True
 
     def _take_in(self, timeout_seconds: float) -> bool:
         """Returns whether there was something within the time."""
         self.start()  # only if starting another writer has failed before
         assert self._channel is not None
         patience = self._patience_seconds()
+        is_there = self._channel.wait_readable(min(timeout_seconds, patience))
+        if not is_there and timeout_seconds < patience:
+            return False
+        with held_signals():  # Ctrl-C between a report and its note would leave the save pending for ever
+            if not is_there or not self._take_message():
+                self._restart()
+        return True
+
+    def _take_message(self) -> bool:
+        """Returns whether the writer has said something, rather than gone."""
+        assert self._channel is not None
         try:
-            message = self._channel.receive(min(timeout_seconds, patience))
+            message = self._channel.receive(0.0)
         except EOFError:
-            self._restart()
-            return True
-        if message is None:
-            if timeout_seconds < patience:
-                return False
-            self._restart()
-        elif "hello" in message:
+            return False
+        if message is not None and "hello" in message:
             self._is_greeted = True
-        else:
+        elif message is not None:  # else a part of one
             self._finish(message)
         return True
 
@@ -262,7 +275,7 @@ class Writer:
         self._is_greeted = False
         self._handed = _Handed()
         self._turn = threading.Condition()
-        self._is_receiving = False
+        self._receiver = None
         self._lock = threading.RLock()
         self._run = secrets.token_hex(4)
 
@@ -403,35 +416,3 @@ def _spool(text: bytes) -> int:
     with open(descriptor, "wb", closefd=False) as file:
         file.write(text)
     return descriptor
-
-
-_shared = {in_process: Writer(in_process=in_process) for in_process in (False, True)}
-_users = {False: 0, True: 0}  # guarded by _users_lock
-_users_lock = threading.RLock()
-
-
-def borrow_shared(*, in_process: bool = False) -> Writer:
-    """Returns this process's writer, started; give it back with `return_shared`."""
-    with _users_lock:
-        _users[in_process] += 1
-        _shared[in_process].start()
-    return _shared[in_process]
-
-
-def return_shared(*, in_process: bool = False) -> None:
-    """Ends the writer once its last user has given it back and its work is done."""
-    with _users_lock:
-        _users[in_process] -= 1
-        if _users[in_process] == 0:
-            _shared[in_process].close()
-
-
-def _forget_after_fork() -> None:
-    global _users_lock  # noqa: PLW0603  the parent's may be held by a thread that this process does not have
-    _users_lock = threading.RLock()
-    for in_process, shared in _shared.items():
-        shared.forget_after_fork()
-        _users[in_process] = 0
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
