@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras_file_reader import assert_same_files
 from runs import (
     State,
     StockRecord,
@@ -158,6 +159,27 @@ def a_large_model_is_named_as_load_model_finds_it(root: Path) -> None:
     assert np.array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@case
+def files_of_keras(root: Path) -> None:
+    for folder, make in (("stock", keras.callbacks.ModelCheckpoint), ("ours", ModelCheckpoint)):
+        callbacks = [
+            make(root / folder / "{epoch}-{val_loss:.3f}.weights.h5", save_weights_only=True),
+            make(root / folder / "{epoch}-{batch}.keras", save_freq=5),
+            make(root / folder / "best.keras", "loss", save_best_only=True),
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
+        ]
+        with warnings.catch_warnings(action="error", category=UserWarning):  # it is the writer that writes them
+            fit(make_model(), callbacks, validation_data=make_data())
+    assert_same_files(root / "ours", root / "stock")
+
+
+@case
+def legacy_files_of_keras(root: Path) -> None:
+    for folder, make in (("stock", keras.callbacks.ModelCheckpoint), ("ours", ModelCheckpoint)):
+        fit(make_model(), [make(root / folder / "{epoch}.h5")])
+    assert_same_files(root / "ours", root / "stock")
+
+
 def judge(function: Case, root: Path) -> str:
     try:
         root.mkdir(parents=True)
@@ -167,5 +189,5 @@ def judge(function: Case, root: Path) -> str:
     return "equal"
 
 
-warnings.filterwarnings("ignore", "Keras itself numbers")
+warnings.filterwarnings("ignore", "Keras itself (numbers|writes)")
 print(json.dumps({name: judge(function, Path(sys.argv[1], name)) for name, function in cases.items()}))
