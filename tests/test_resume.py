@@ -246,3 +246,21 @@ def test_what_cannot_be_continued_exactly_begins_its_epoch_again_and_is_said(tmp
                 model, callbacks, **({} if isinstance(callbacks[-1], Interrupt) else {"x": x, "y": y})
             ),
         )
+
+
+@pytest.mark.parametrize("kind", ["map", "iterator"])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_grain_dataset_goes_on_where_its_iterator_was(tmp_path: Path, kind: str) -> None:
+    grain = pytest.importorskip("grain", reason="pip install offstep[grain]")
+    rows = list(zip(*make_data(), strict=True))
+
+    def run(model: Any, callbacks: list[Callback]) -> Any:
+        data = grain.MapDataset.source(rows).seed(3).shuffle().batch(4)
+        data = data if kind == "map" else data.to_iter_dataset()
+        return model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=callbacks)
+
+    expected = train(list, run=run)
+    resumed = train(backed_up(tmp_path), [Interrupt(4), Interrupt(5)], run=run)
+    assert resumed.attempts == 3
+    del resumed.decisions[0]
+    assert_equal(resumed, expected)
