@@ -20,6 +20,7 @@ from offstep.engine import Engine
 from offstep.errors import SaveFailed, SaveTimeout
 from offstep.keras_decisions import DecidingCheckpoint, Stock
 from offstep.keras_resume import Event, Moment, Resumption
+from offstep.observation import Observer, OnDurable, describe_costs
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
 from offstep.preemption import Preemption
@@ -51,7 +52,9 @@ class ModelCheckpoint(DecidingCheckpoint):
             above holds all steps; any other path holds one step, which the next save to it replaces. Load either with
             `keras.saving.load_model(directory that holds the steps)`.
         monitor: Name of the metric that decides what is best.
-        verbose: 0 is silent, 1 prints Keras's lines.
+        verbose: 0 is silent, 1 prints Keras's lines. 2 adds what each save has cost once it is durable, and puts the
+            milliseconds for which saves stalled an epoch into its `logs["offstep_stall_ms"]`, for the callbacks after
+            this one.
         save_best_only: Save only what is better than everything before.
         save_weights_only: Leave out optimizer, metrics and model configuration.
         mode: `"auto"`, `"min"` or `"max"`.
@@ -88,6 +91,10 @@ class ModelCheckpoint(DecidingCheckpoint):
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
             not been interrupted; see `BackupAndRestore`. Not with Keras's files, nor with `save_weights_only`.
+        on_durable: Called with the `SaveStats` of each save that has become durable, on the training thread, which it
+            holds up: hand long work (an upload) to a thread of your own, and keep the checkpoint until that is done.
+        event_log: A file, `"offstep-events.jsonl"` say, to which a line of JSON is appended for each snapshot and what
+            became of it.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -127,6 +134,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         exit_seconds: float = 300.0,
         save_on_preemption: bool = False,
         preemption_seconds: float = 25.0,
+        on_durable: OnDurable | None = None,
+        event_log: str | os.PathLike[str] | None = None,
     ) -> None:
         # Keras's checks know its own files only: they see a name that suits the other arguments.
         stand_in = "model.weights.h5" if save_weights_only else "model.keras"
@@ -167,6 +176,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._resumes_best = resume_best
         self._skip_unchanged = skip_unchanged
         self._engine = Engine(options, on_durable=self._say_durable)
+        self._observer = Observer(event_log, on_durable)
         # Snapshots are taken in hooks that Keras always calls on the training thread. Where its dispatch calls
         # `on_train_batch_end` from a pool, that hook only takes notes, so the pool need not be switched off. The hooks
         # of a subclass know nothing of that: they are called as those of stock's subclasses are.
@@ -240,6 +250,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._destination.fix()
         if self._resumes_best:
             self._resume_best(self._destination.read_manifests())
+        self._observer.begin(filepath=self.filepath, versions=_VERSIONS)
         self._open()
         if self._resumption is not None:
             self._resumption.begin(self._model, self.filepath)
@@ -309,8 +320,11 @@ class ModelCheckpoint(DecidingCheckpoint):
         super().on_epoch_end(epoch, logs)  # saves if `save_freq` is "epoch"
         if self.save_freq != "epoch" and self._schedule.is_due_after_epoch():
             self._save_model(epoch=epoch, batch=None, logs=logs)
-        self._engine.poll()
+        self._poll()
         self._pause()
+        stall_ms = self._observer.end_epoch(epoch + 1)
+        if self.verbose > 1 and isinstance(logs, dict):
+            logs["offstep_stall_ms"] = stall_ms
         self._obey_preemption(None if self.save_freq == "epoch" else self._steps.last_batch)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
@@ -323,7 +337,15 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._engine.close()
         if self._preemption is not None:
             self._preemption.stop_watching()
+        self._observer.end()
         self._engine.raise_failures()
+
+    def _poll(self) -> None:
+        """Takes in what has become of saves, and passes it on."""
+        try:
+            self._engine.poll()
+        finally:
+            self._observer.settle()
 
     def _has_ended(self) -> bool:
         return self._dispatch.has_ended(keras_state.last_step_id(self._model))
@@ -342,7 +364,7 @@ class ModelCheckpoint(DecidingCheckpoint):
 
     def _after_batch(self, event: Event, batch: int, logs: Logs | None) -> None:
         self._event = event
-        self._engine.poll()
+        self._poll()
         self._steps.count(batch)
         is_due = self._should_save_on_batch(batch)
         if is_due:
@@ -442,6 +464,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             self.best = best  # the next one has to beat what is on the disk
             return
         self._destination.remember(pending)
+        self._observer.follow(pending)
         if self._frequency is not None:
             self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)
 
@@ -526,6 +549,8 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._frequency.note_durable(pending.stats.durable_seconds - pending.stats.compute_seconds)
         if self.verbose > 0:
             keras_state.print_message(pending.note)
+        if self.verbose > 1:
+            keras_state.print_message(describe_costs(pending.stats))
 
 
 def _make_resumption(callback: ModelCheckpoint) -> Resumption:

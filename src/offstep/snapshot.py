@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -133,6 +134,7 @@ class Snapshotter:
             self.mode = "device_copy" if has_room(arrays) else "transfer"
         return self.mode
 
+    @partial(jax.profiler.annotate_function, name="offstep.snapshot")
     def take(self, arrays: Sequence[Array], slot: Slot) -> None:
         """Copies the arrays into the slot, chunk by chunk, each with its checksum.
 
@@ -154,6 +156,7 @@ class Snapshotter:
             raise _unreadable(error) from error
         _native.gather(addresses, self._table.data, slot.buffer, self._threads)
 
+    @partial(jax.profiler.annotate_function, name="offstep.copy_on_device")
     def copy_on_device(self, arrays: Sequence[Array]) -> list[Array]:
         """Dispatches a copy of the arrays on their devices and returns it, without waiting.
 
@@ -173,6 +176,7 @@ class Snapshotter:
                 copies[index] = copy
         return copies
 
+    @partial(jax.profiler.annotate_function, name="offstep.fetch")
     def fetch(self, private: list[Array], slot: Slot) -> None:
         """Moves arrays that nobody else uses into the slot, leaf by leaf, and empties the list on the way.
 
