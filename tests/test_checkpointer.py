@@ -28,7 +28,15 @@ import offstep
 from offstep import catalog
 from offstep._native import crc32c
 from offstep.checkpointer import Checkpointer
-from offstep.errors import BudgetExceeded, CheckpointNotFound, SaveFailed, SaveReplaced, SaveTimeout, UnsupportedLeaf
+from offstep.errors import (
+    BudgetExceeded,
+    CheckpointDamaged,
+    CheckpointNotFound,
+    SaveFailed,
+    SaveReplaced,
+    SaveTimeout,
+    UnsupportedLeaf,
+)
 from offstep.manifest import FileRecord, Manifest, read
 
 
@@ -722,3 +730,51 @@ def test_a_root_that_is_a_file_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_the_package_offers_what_its_pages_name() -> None:
     assert offstep.Checkpointer is Checkpointer
     assert all(hasattr(offstep, name) for name in offstep.__all__ if name != "ModelCheckpoint")
+
+
+def make_extra() -> dict[str, Any]:
+    return {
+        "iterator": {"position": 12, "seed": None, "shards": ("a", "b"), "blob": b"\0\1"},
+        "random": np.random.default_rng(1).integers(0, 2**32, 624, np.uint32),
+        "scale": jnp.full((2,), 0.5, jnp.bfloat16),
+        "losses": [0.25, float("nan"), float("inf")],
+    }
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_extra_comes_back_with_the_checkpoint(tmp_path: Path, in_process: bool) -> None:
+    extra = make_extra()
+    with Checkpointer(tmp_path, in_process=in_process) as checkpointer:
+        checkpointer.save(1, tree(), extra=extra)
+        extra["random"][:] = 0  # it was copied
+        checkpointer.save(2, tree())
+        checkpointer.wait()
+        found, nothing = checkpointer.restore_extra(1), checkpointer.restore_extra()
+    expected = make_extra()
+    assert nothing == {}
+    assert found["iterator"] == expected["iterator"]
+    assert found["random"].tobytes() == expected["random"].tobytes()
+    assert (found["scale"].dtype, found["scale"].tolist()) == (jnp.bfloat16, [0.5, 0.5])
+    assert found["losses"][0] == 0.25
+    assert np.isnan(found["losses"][1])
+    assert set(offstep.restore(tree(0), tmp_path / "1").extra) == set(expected)
+    assert_same(v1.load(tmp_path / "1", tree(0), checkpointable_name="pytree"), tree())
+
+
+def test_a_damaged_extra_is_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, in_process=True) as checkpointer:
+        checkpointer.save(1, tree(), extra=make_extra())
+    path = tmp_path / "1/offstep-user-extra"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointDamaged, match="checksum"):
+        checkpointer.restore_extra()
+
+
+def test_extra_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, in_process=True) as checkpointer:
+        with pytest.raises(ValueError, match=r"extra must be a dict. Received: list"):
+            checkpointer.save(1, tree(), extra=[1])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="cannot be kept with a checkpoint: object"):
+            checkpointer.save(1, tree(), extra={"a": object()})

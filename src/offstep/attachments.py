@@ -30,6 +30,9 @@ from offstep.errors import CheckpointDamaged
 
 Value = Any  # None, bool, int, float, str, bytes, NumPy arrays and scalars; lists, tuples and dicts of such
 
+EXTRA_NAME = "offstep-user-extra"
+"""File in a checkpoint with what a user of `Checkpointer` wanted to keep."""
+
 _MAGIC = b"offxtra1"
 _HEAD = struct.Struct("<8sQII")
 _ALIGNMENT = 64
@@ -103,6 +106,19 @@ def read(path: Path) -> Value:
     start = _round_up(_HEAD.size + text_bytes, _ALIGNMENT)
     arrays = [_read_array(data, start, entry, path) for entry in tree["arrays"]]
     return _decode(tree["value"], arrays)
+
+
+def read_extra(checkpoint: Path) -> dict[str, Value]:
+    """Reads what a user of `Checkpointer` wanted to keep with a checkpoint; empty where there is nothing.
+
+    Raises:
+        CheckpointDamaged: it is not what was written.
+    """
+    try:
+        extra: dict[str, Value] = read(checkpoint / EXTRA_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return extra
 
 
 def _read_array(data: bytes, start: int, entry: list[Any], path: Path) -> np.ndarray:  # as `pack` wrote it

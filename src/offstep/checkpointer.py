@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from offstep import catalog, commit, retention
+from offstep import attachments, catalog, commit, retention
+from offstep.attachments import Attachment, Value
 from offstep.engine import Engine
 from offstep.errors import CheckpointNotFound, UnsupportedLeaf
 from offstep.leaf_paths import list_paths, path_keys
@@ -118,7 +120,14 @@ class Checkpointer:
         self._treedef: Any = None  # jax.tree_util.PyTreeDef
         commit.probe_directory(self.directory)
 
-    def save(self, step: int, tree: Tree, metrics: dict[str, float] | None = None) -> PendingSave | None:
+    def save(
+        self,
+        step: int,
+        tree: Tree,
+        metrics: dict[str, float] | None = None,
+        *,
+        extra: Mapping[str, Value] | None = None,
+    ) -> PendingSave | None:
         """Takes a snapshot of `tree` and returns; the checkpoint becomes durable in the background.
 
         The arrays may be donated or changed as soon as this returns. A step that exists already is replaced.
@@ -127,17 +136,22 @@ class Checkpointer:
             step: Training step, not negative.
             tree: Arrays of numbers in dicts, lists, tuples or dataclasses.
             metrics: Numbers to keep with the checkpoint in `offstep.json`; one on a device is waited for.
+            extra: What else belongs to the step, such as the state of a data iterator: numbers, texts, bytes, arrays,
+                in dicts, lists and tuples. `restore_extra` gives it back as it was, arrays of JAX as NumPy's; stock
+                readers do not see it. It is copied at once, on this thread.
 
         Returns:
             The pending save; `None` when it was skipped (`on_busy="skip"`, seldom `"latest"`).
 
         Raises:
-            ValueError: the step is no integer or negative, or a metric is no number.
+            ValueError: the step is no integer or negative, a metric is no number, or `extra` is no dict.
+            TypeError: something in `extra` cannot be kept.
             SaveFailed: an earlier save failed.
             UnsupportedLeaf: a leaf is not an array of numbers.
             BudgetExceeded: a snapshot does not fit into the memory budget.
         """
         step, numbers = _check_step(step), _check_metrics(metrics or {})
+        attached = _pack_extra(extra)
         self._engine.poll()
         arrays, treedef = jax.tree_util.tree_flatten(tree)
         if self._treedef is None or treedef != self._treedef or not self._engine.matches(arrays):
@@ -145,7 +159,9 @@ class Checkpointer:
             self._treedef = treedef
         target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
         about = {"metrics": numbers, "versions": {"jax": jax.__version__}}
-        return self._engine.save(arrays, step, lambda _: target, manifest=about, ranking=self._ranking)
+        return self._engine.save(
+            arrays, step, lambda _: target, manifest=about, ranking=self._ranking, attachments=attached
+        )
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until everything saved so far is durable.
@@ -178,11 +194,26 @@ class Checkpointer:
         """
         from orbax.checkpoint import v1 as ocp  # takes a second; only a restore needs it
 
+        return ocp.load(self.directory / str(self._find_step(step)), like, checkpointable_name="pytree")
+
+    def restore_extra(self, step: int | None = None) -> dict[str, Value]:
+        """Reads what was given as `extra` when a checkpoint was saved; empty if nothing was.
+
+        Args:
+            step: Which one; `None` takes the newest.
+
+        Raises:
+            CheckpointNotFound: there is no such step.
+            CheckpointDamaged: it is not what was saved.
+        """
+        return attachments.read_extra(self.directory / str(self._find_step(step)))
+
+    def _find_step(self, step: int | None) -> int:
         steps = self.all_steps()
-        step = step if step is not None else (steps[-1] if steps else None)
-        if step not in steps:
-            raise CheckpointNotFound(f"{self.directory} holds no step {step}; it has {steps or 'none'}")
-        return ocp.load(self.directory / str(step), like, checkpointable_name="pytree")
+        found = step if step is not None else (steps[-1] if steps else None)
+        if found is None or found not in steps:
+            raise CheckpointNotFound(f"{self.directory} holds no step {found}; it has {steps or 'none'}")
+        return found
 
     @property
     def stats(self) -> list[SaveStats]:
@@ -225,6 +256,15 @@ def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:
     """Raises a `ValueError` when everything is written every time anyway."""
     if full_every is not None and not is_skipping:
         raise ValueError(f"full_every is for skip_unchanged only. Received: {full_every!r}")
+
+
+def _pack_extra(extra: Mapping[str, Value] | None) -> dict[str, Attachment]:
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"extra must be a dict. Received: {type(extra).__name__}")
+    on_host = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, dict(extra))
+    return {attachments.EXTRA_NAME: attachments.pack(on_host)}
 
 
 def _check_step(step: int) -> int:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from offstep import leaf_paths
+from offstep.attachments import Value, read_extra
 from offstep.discovery import READ_THREADS, open_newest
 from offstep.errors import StructureMismatch
 from offstep.matching import (
@@ -62,6 +63,7 @@ class RestoreReport:
         by_position: Leaf of the target to that of the checkpoint, where the names differ and the position decided.
         mismatched: Leaf of the target to why its stored one does not fit (only with `strict=False`).
         manifest: What offstep keeps with a checkpoint: step, epoch, batch, metrics, ...; empty for those of others.
+        extra: What `Checkpointer.save(extra=...)` kept with it.
         note: What is to be said beyond that; mostly empty.
         tree: The restored tree, where the target was one.
     """
@@ -74,6 +76,7 @@ class RestoreReport:
     by_position: Mapping[str, str] = field(default_factory=dict)
     mismatched: Mapping[str, str] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Value] = field(default_factory=dict)
     note: str = ""
     tree: Tree = field(default=None, repr=False)
 
@@ -356,6 +359,7 @@ def _report(reader: Reader, matching: Matching, targets: Sequence[TargetLeaf]) -
         by_position=matching.by_position,
         mismatched=matching.mismatched,
         manifest=reader.contents.manifest,
+        extra=read_extra(reader.path),
     )
 
 
