@@ -200,7 +200,7 @@ def show_kill(console: Console, root: Path, expected: str) -> None:
         sys.exit("training did not continue from the newest checkpoint")
     if finished["digest"] != expected:
         sys.exit("the resumed training did not end as the one that was not killed")
-    console.print(f"equal, bit for bit, to the run that was not killed: weights, optimizer, seeds {expected[:16]}")
+    console.print("equal, bit for bit, to the run that was not killed")
 
 
 def show_all() -> None:
