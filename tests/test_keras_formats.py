@@ -182,10 +182,11 @@ def test_a_file_that_only_keras_can_write_is_said_once_and_why(name: str, tmp_pa
     assert ("a layer" in texts[0] or "its layer" in texts[0]) == (not is_found_out)
 
 
-def test_no_other_model_of_the_zoo_needs_keras_to_write(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_plain_model_needs_no_keras_to_write_also_where_warnings_are_errors(tmp_path: Path) -> None:
     model = zoo.make_trained("functional")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
         model.fit(
             *zoo.make_data(),
             verbose=0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,12 +66,15 @@ class FilePlan:
 def plan_file(model: Model) -> FilePlan:
     """Finds out what stock Keras would write into a `.weights.h5` file; some 10 us for each variable.
 
-    Any thread; touches no value of the model.
+    On the thread that trains; touches no value of the model.
     """
     count = len(list_all_variables(model))
     tokens = {_FIRST_TOKEN + number * _TOKEN_STRIDE: number for number in range(count)}
     try:
-        groups, values = _record_file(model, [np.array(token, np.int64) for token in tokens], lambda path, value: value)
+        with warnings.catch_warnings(action="ignore"):  # Keras's own are no reason, where the user made errors of them
+            groups, values = _record_file(
+                model, [np.array(token, np.int64) for token in tokens], lambda path, value: value
+            )
     except Exception as error:  # noqa: BLE001  a layer that computes fails on tokens, in any way
         return FilePlan({}, {}, f"a layer computes what it saves ({type(error).__name__})")
     sources = {}
