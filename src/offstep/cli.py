@@ -90,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_looking(add)
     _add_retention(add)
     _add_making(add)
+    _add_measuring(add)
     return parser
 
 
@@ -144,6 +145,11 @@ def _add_making(add: Add) -> None:
     command.add_argument("--monitor", help="metric that tells the best")
     command.add_argument("--mode", choices=("auto", "min", "max"), default="auto")
     command.add_argument("--force", action="store_true", help="replace OUT")
+
+
+def _add_measuring(add: Add) -> None:
+    command = add("doctor", commands.doctor, "Measures what saving could cost on this machine and in DIR.")
+    command.add_argument("path", type=Path, metavar="DIR", nargs="?", default=Path(), help="default: here")
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:

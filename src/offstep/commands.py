@@ -262,6 +262,25 @@ def _refuse_existing(args: Namespace) -> None:
         raise FileExistsError(errno.EEXIST, "it exists already; --force replaces it", str(args.out))
 
 
+def doctor(args: Namespace) -> Answer:
+    """Measures what saving could cost here."""
+    from offstep.doctor import diagnose  # the other commands do without JAX
+
+    found = diagnose(args.path.absolute())
+    fetch = "-" if found.fetch_speed is None else f"{spell_bytes(round(found.fetch_speed))}/s"
+    rows = [
+        ["versions", ", ".join(f"{name} {text}" for name, text in found.versions.items())],
+        ["devices", ", ".join(found.devices)],
+        ["copy in memory", f"{spell_bytes(round(found.copy_speed))}/s"],
+        ["device to host", fetch],
+        ["write, durable", f"{spell_bytes(round(found.write_speed))}/s"],
+        ["one page, durable", f"{found.sync_seconds * 1e3:.3g} ms"],
+        ["file system", f"{found.file_system or 'unknown'}, {spell_bytes(found.free_bytes)} free"],
+        ["writer", "a process of its own" if found.can_share else "a thread"],
+    ]
+    return Answer(asdict(found) | {"path": str(args.path)}, [make_table(["", "measured"], rows), *found.advice])
+
+
 def _wishes(args: Namespace) -> pruning.Wishes:
     return pruning.Wishes(args.keep, args.keep_best, args.keep_every, args.monitor, args.mode)
 
