@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -102,6 +103,14 @@ def test_a_log_that_cannot_be_written_ends_aloud(tmp_path: Path) -> None:
     with expected_warning("no more events are logged: .*Is a directory"):
         fit(make_model(), [callback], epochs=1)
     assert callback.counts.durable == 1
+
+
+def test_a_callback_with_saves_in_flight_can_be_copied(tmp_path: Path) -> None:
+    copies: list[ModelCheckpoint] = []
+    callback = ModelCheckpoint(tmp_path / "{step}", save_freq=1, event_log=tmp_path / "log", in_process=True)
+    take = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: copies.append(copy.deepcopy(callback)))
+    fit(make_model(), [callback, take], epochs=1)
+    assert copies[0].counts.requested == 0
 
 
 def test_what_is_no_function_is_refused(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ class Observer:
         self._in_flight: deque[PendingSave] = deque()
         self._stall_seconds = 0.0  # since the last epoch ended
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self._path, self._on_durable)  # a copy of a callback follows its own saves
+
     def begin(self, **about: Any) -> None:  # JSON
         """Notes that a run begins."""
         if self._path is not None:
