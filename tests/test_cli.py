@@ -296,6 +296,15 @@ def test_an_error_is_json_too(root: Path) -> None:
     assert run.document == {"error": {"kind": "CheckpointNotFound", "message": f"{root}/11 does not exist"}}
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"tree_metadata": 3}', b"\x00" * 50])
+@pytest.mark.parametrize("name", ["pytree/_METADATA", "pytree/manifest.ocdbt"])
+def test_damaged_documents_are_told(name: str, content: bytes, root: Path) -> None:
+    (root / "40" / name).write_bytes(content)
+    assert offstep("inspect", root / "40").code in (UNSUITABLE, DAMAGED)
+    assert offstep("verify", root).code == DAMAGED
+    assert offstep("latest", root).out == f"{root}/30\n"
+
+
 # --- diff ------------------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,13 @@ class OrbaxReader:
         self.path = checkpoint
         written = read_manifest(checkpoint)
         metadata = _read_json(item / "_METADATA")
-        entries = _list_entries(metadata)
+        try:
+            entries = _list_entries(metadata)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointDamaged(
+                f"{item / '_METADATA'} does not describe a tree ({type(error).__name__}: {error}); restore another "
+                "checkpoint"
+            ) from error
         self._arrays: ImageReader | TensorStoreReader = _open_arrays(item, metadata, [name for name, _, _ in entries])
         self._names = {path: name for name, path, _ in entries}
         leaves = _make_leaves(entries, self._arrays.arrays, _read_prng_impls(item))
