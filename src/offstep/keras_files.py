@@ -147,12 +147,20 @@ def _save_state(model: Model, store: Any) -> None:  # of H5IOStore
     saving_lib._save_state(model, weights_store=store, assets_store=None, inner_path="", visited_saveables=set())
 
 
+class _Value(np.ndarray):
+    """An array that Keras takes for a tensor of TensorFlow too."""
+
+    def numpy(self) -> np.ndarray:
+        return np.asarray(self)
+
+
 @contextmanager
 def _values_in_place(model: Model, values: Sequence[np.ndarray]) -> Iterator[None]:
     """Lets this thread see `values` in the variables."""
     scope = keras.StatelessScope(initialize_variables=False)
     for variable, value in zip(list_all_variables(model), values, strict=True):
-        scope.add_update((variable, value))  # which, unlike the constructor, takes values of any shape and dtype
+        # Unlike the constructor, this takes values of any shape and dtype.
+        scope.add_update((variable, np.asarray(value).view(_Value)))
     with _attributes_known(), scope:
         yield
 
