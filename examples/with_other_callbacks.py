@@ -27,8 +27,8 @@ def decay(epoch: int, rate: float) -> float:
 
 
 def make_logger(directory: Path) -> keras.callbacks.Callback:
-    """Returns a TensorBoard logger, or one that writes a table where TensorFlow is missing."""
-    if importlib.util.find_spec("tensorflow") is not None:
+    """Returns a TensorBoard logger, or one that writes a table where TensorFlow or TensorBoard is missing."""
+    if all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard")):
         return keras.callbacks.TensorBoard(directory / "logs")
     return keras.callbacks.CSVLogger(directory / "log.csv")
 
