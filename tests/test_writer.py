@@ -68,6 +68,18 @@ def test_the_writer_is_one_process_of_lower_priority_without_jax_and_ends_with_c
     assert not psutil.pid_exists(writer.pid)
 
 
+def test_the_writer_runs_the_package_of_its_trainer_though_another_copy_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other" / "offstep").mkdir(parents=True)
+    (tmp_path / "other" / "offstep" / "__init__.py").write_text("raise ImportError('another copy')")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    with Checkpointer(tmp_path / "steps") as checkpointer:
+        submit(checkpointer, 1).wait()
+        assert find_writers()
+        assert_holds(checkpointer, 1)
+
+
 def test_two_checkpointers_share_one_writer_process(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "a") as a:
         with Checkpointer(tmp_path / "b") as b:

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from offstep import worker
@@ -336,7 +337,7 @@ class Writer:
             return "the path of the Python interpreter is not known"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(path=sys.path, entry=entry), str(theirs.fileno())],
+                [sys.executable, "-c", _START.format(path=_search_path(), entry=entry), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -399,6 +400,13 @@ class Writer:
         with self._lock:
             submitted = self._handed.jobs.pop(outcome["job"])
         submitted.on_outcome(outcome)  # without the lock: it may come back to this writer
+
+
+def _search_path() -> list[str]:
+    """Returns `sys.path`, so that the writer finds this very package, though another copy may come first there."""
+    ours = Path(__file__).parents[1]
+    first = next((Path(path or ".") for path in sys.path if Path(path or ".", "offstep").is_dir()), ours)
+    return sys.path if first.absolute() == ours.absolute() else [str(ours), *sys.path]
 
 
 def _describe_false_start(status: int | None) -> str:
