@@ -107,7 +107,7 @@ def test_a_writer_killed_in_the_middle_of_a_save_is_replaced_and_the_save_become
         assert find_writers() != [writer]
         assert_holds(checkpointer, 1, LARGE)
         assert_holds(checkpointer, 2, LARGE)
-        assert sorted(os.listdir(tmp_path)) == ["1", "2"]  # nothing of the first attempt is left
+        assert sorted(os.listdir(tmp_path)) == [".offstep-lock", "1", "2"]  # nothing of the first attempt is left
         submit(checkpointer, 3, LARGE).wait()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from offstep import keras_formats, keras_state, retention
+from offstep import keras_formats, keras_state, ownership, recovery, retention
 from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every
@@ -88,6 +88,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         save_on_preemption: When SIGTERM comes, save at the end of the batch, wait until that is durable, and only then
             let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`.
         preemption_seconds: How long after SIGTERM that has to be done.
+        takeover: Save here though another live run does, whose later saves fail; without it `fit` refuses to begin.
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
             not been interrupted; see `BackupAndRestore`. Not with Keras's files, nor with `save_weights_only`.
@@ -129,6 +130,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         full_every: int | None = None,
         overhead_budget: str | float | None = None,
         retry_seconds: float = 30.0,
+        takeover: bool = False,
         clock: Callable[[], float] = time.monotonic,
         resume: bool = False,
         exit_seconds: float = 300.0,
@@ -173,7 +175,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
         if resume_best and not self._destination.is_constant:
             raise ValueError(f"resume_best needs a directory whose name has no fields. Received: filepath={filepath}")
-        self._resumes_best = resume_best
+        self._resumes_best, self._takeover = resume_best, takeover
         self._skip_unchanged = skip_unchanged
         self._engine = Engine(options, on_durable=self._say_durable)
         self._observer = Observer(event_log, on_durable)
@@ -485,11 +487,14 @@ class ModelCheckpoint(DecidingCheckpoint):
     def _arrange(self, arrays: list[Any]) -> list[Any]:
         return [arrays[number] for number in self._order]
 
+    def _hold(self) -> ownership.Lock:
+        return recovery.hold(self._destination.lock_path(), takeover=self._takeover)
+
     def _read_state(self) -> tuple[list[Any], object]:
         # The files of Keras have the optimizer too.
         weights_only = self.save_weights_only and not self._destination.is_file
         arrays, signature = keras_state.live_state(self._model, weights_only=weights_only, as_trained=self._as_trained)
-        return arrays, (signature, self._destination.format)
+        return arrays, (signature, self._destination.format, self._destination.lock_path())
 
     def _open(self) -> None:
         arrays, self._signature = self._read_state()
@@ -511,6 +516,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             documents=form.documents,
             rendering=form.rendering,
             owner=self,
+            hold=self._hold,
         )
         self._steps.divisor = keras_state.batches_per_iteration(self._model)
         self._correct_steps()

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from offstep import manifest
-from offstep.commit import OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
+from offstep.commit import FILE_IN_PROGRESS_PREFIX, OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
 from offstep.manifest import Manifest
 
 COMMIT_MARKERS = ("_CHECKPOINT_METADATA", "pytree/manifest.ocdbt")
@@ -18,6 +18,7 @@ COMMIT_MARKERS = ("_CHECKPOINT_METADATA", "pytree/manifest.ocdbt")
 # Leading zeros are refused: the path of a step must follow from its number.
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 _IN_PROGRESS_NAME = re.compile(rf"(0|[1-9][0-9]*){re.escape(OUR_MARK)}[0-9a-f-]+")
+_UNFINISHED_FILE_NAME = re.compile(rf"{re.escape(FILE_IN_PROGRESS_PREFIX)}[0-9a-f-]+")
 _REPLACED_NAME = re.compile(rf"{re.escape(REPLACED_PREFIX)}(?P<final>0|[1-9][0-9]*)-[0-9a-f]+")
 
 # https://google.github.io/tensorstore/kvstore/ocdbt/: the magic (big-endian), then the manifest's own length
@@ -59,6 +60,11 @@ def leftovers(root: os.PathLike[str] | str) -> list[Path]:
         for name in _list_names(Path(root))
         if name.startswith(TRASH_PREFIX) or _IN_PROGRESS_NAME.fullmatch(name)
     )
+
+
+def unfinished_files(folder: os.PathLike[str] | str) -> list[Path]:
+    """Returns the single files that we have in progress in `folder`; a live writer's are among them."""
+    return sorted(Path(folder, name) for name in _list_names(Path(folder)) if _UNFINISHED_FILE_NAME.fullmatch(name))
 
 
 def replaced(root: os.PathLike[str] | str) -> dict[Path, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from offstep import attachments, catalog, commit, retention
+from offstep import attachments, catalog, commit, ownership, recovery, retention
 from offstep.attachments import Attachment, Value
 from offstep.engine import Engine
 from offstep.errors import CheckpointNotFound, UnsupportedLeaf
@@ -59,6 +59,7 @@ class Checkpointer:
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
         exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
+        takeover: Save here though another live run does, whose later saves fail. Without it the first `save` refuses.
 
     Raises:
         ValueError: an argument is out of range.
@@ -93,7 +94,9 @@ class Checkpointer:
         full_every: int | None = None,
         retry_seconds: float = 30.0,
         exit_seconds: float = 300.0,
+        takeover: bool = False,
     ) -> None:
+        self._takeover = takeover
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'. Received: {mode!r}")
@@ -149,6 +152,7 @@ class Checkpointer:
             SaveFailed: an earlier save failed.
             UnsupportedLeaf: a leaf is not an array of numbers.
             BudgetExceeded: a snapshot does not fit into the memory budget.
+            TargetInUse: another live run saves to the directory.
         """
         step, numbers = _check_step(step), _check_metrics(metrics or {})
         attached = _pack_extra(extra)
@@ -240,6 +244,9 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _hold(self) -> ownership.Lock:
+        return recovery.hold(ownership.lock_path(self.directory), takeover=self._takeover)
+
     def _open(self, tree: Tree, arrays: Sequence[Any]) -> None:
         empty_nodes = _empty_nodes(tree)
         if not arrays:
@@ -249,7 +256,7 @@ class Checkpointer:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
-        self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self)
+        self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self, hold=self._hold)
 
 
 def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:

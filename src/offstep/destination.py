@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from offstep import catalog, commit, policy
+from offstep import catalog, commit, ownership, policy
 from offstep.manifest import Manifest
 from offstep.pending import PendingSave
 from offstep.records import Target
@@ -62,6 +62,13 @@ class Destination:
         commit.probe_directory(self._base)
         if not self.template.fields:
             self.refuse_directory(self.template.format({}))
+
+    def lock_path(self) -> Path:
+        """Returns the lock file that stands for all places of the filepath."""
+        if self.is_constant:
+            return ownership.lock_path(self._base)
+        text = self.template.text if self.is_file else self._root.text
+        return ownership.lock_path(self._base, os.path.relpath(self._absolute(text), self._base))
 
     @property
     def is_constant(self) -> bool:

@@ -14,12 +14,13 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any
 
-from offstep import lifecycle, shared_writer
+from offstep import lifecycle, ownership, shared_writer
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
 from offstep.options import Options
+from offstep.ownership import Lock
 from offstep.pending import PendingSave
 from offstep.records import Leaf, PathKey, SaveStats, Target
 from offstep.rendering import Rendering, make_image
@@ -81,17 +82,38 @@ class Engine:
         documents: dict[str, Any] | None = None,
         rendering: Rendering | None = None,
         owner: object | None = None,
+        hold: Callable[[], Lock] | None = None,
     ) -> None:
         """Makes plan and slots for one structure and starts the writer, all in the background where it takes long.
 
         An earlier structure is finished and given up first. `format` is a key of `formats.FORMATS`; `documents` is
         JSON that its `prepare` takes; `rendering` makes the files that the writer cannot make. When `owner` is gone
-        without a `close`, the engine is closed for it once its saves are done.
+        without a `close`, the engine is closed for it once its saves are done. `hold` takes the lock of the target,
+        which is given back with `close`.
 
         Raises:
             BudgetExceeded: not even one snapshot fits into the memory budget.
             UnsupportedLeaf: a leaf that stock readers could not read back.
+            TargetInUse: another live run saves there.
         """
+        with ExitStack() as undo:
+            lock = None if hold is None else hold()  # first: where it is the same one, nobody gets in between
+            if lock is not None:
+                undo.callback(ownership.release, lock)
+            self._open(leaves, arrays, format, empty_nodes, documents, rendering, owner, lock)
+            undo.pop_all()
+
+    def _open(
+        self,
+        leaves: Sequence[Leaf],
+        arrays: Sequence[Array],
+        format: str,  # noqa: A002
+        empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]],
+        documents: dict[str, Any] | None,
+        rendering: Rendering | None,
+        owner: object | None,
+        lock: Lock | None,
+    ) -> None:
         self.close()
         lifecycle.check_is_running()
         lifecycle.close_abandoned()  # before a budget is taken of what memory there is
@@ -108,10 +130,11 @@ class Engine:
                 undo.callback(borrowed.drop_slot, slot)
             number = borrowed.add_plan(plan, format, documents)
             needs_thread = snapshotter.mode != "host" or rendering is not None
+            lock_number = None if lock is None or lock.is_parents else borrowed.add_lock(lock)
             fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
             lifecycle.add(self)
             self._tie = None if owner is None else lifecycle.tie(self, owner)
-            self._opened = Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering)
+            self._opened = Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering, lock, lock_number)
             undo.pop_all()
 
     def close(self) -> None:
@@ -128,6 +151,10 @@ class Engine:
             for slot in opened.pool.slots:
                 opened.writer.drop_slot(slot)
             opened.writer.drop_plan(opened.plan)
+            if opened.lock_number is not None:
+                opened.writer.drop_lock(opened.lock_number)
+            if opened.lock is not None:
+                ownership.release(opened.lock)
             opened.pool.close()
             self._retire_if_finished()
         shared_writer.return_shared(in_process=self._options.in_process)

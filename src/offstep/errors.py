@@ -4,6 +4,7 @@ OffstepError
 ├── SaveFailed          (also OSError)       a checkpoint could not be made durable
 │   ├── WriterDied      (also OSError)       ... because its writer process kept dying
 │   └── SaveReplaced    (also OSError)       ... because a newer one took its place (`on_busy="latest"`)
+├── TargetInUse         (also OSError)       another live run saves to the same place
 ├── SaveTimeout         (also TimeoutError)  `wait(timeout)` ran out; the saves go on
 ├── BudgetExceeded      (also MemoryError)   one snapshot does not fit the host memory budget
 ├── UnsupportedLeaf     (also TypeError)     a leaf that no checkpoint reader could read back
@@ -33,6 +34,10 @@ class SaveReplaced(SaveFailed):
 
     Raised by the `wait` of that save only; it is counted as skipped, not as failed.
     """
+
+
+class TargetInUse(OffstepError, OSError):
+    """Another live run saves to the same directory or file; the message names its process and host."""
 
 
 class SaveTimeout(OffstepError, TimeoutError):

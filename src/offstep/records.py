@@ -169,6 +169,7 @@ class Job:
             newest `keep - 1` stay.
         file_bytes: Size of the file, where the trainer has made it and the slot holds nothing else.
         manifest: What `offstep.json` shall say beside the files: see `manifest.build`.
+        lock: Number of the lock that the run must still have on the target; `None` where there is none.
         ranking: Fields of `retention.Ranking`: which steps stay beside the newest.
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
         retry_seconds: How long to try again after a failure that may pass.
@@ -189,6 +190,7 @@ class Job:
     file_bytes: int | None = None
     manifest: dict[str, Any] = field(default_factory=dict)  # JSON
     ranking: dict[str, Any] = field(default_factory=dict)  # JSON
+    lock: int | None = None
     full_every: int | None = None
     retry_seconds: float = 0.0
 

@@ -10,6 +10,7 @@ from typing import Any
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.options import Options
+from offstep.ownership import Lock
 from offstep.pending import PendingSave
 from offstep.records import Job, Target
 from offstep.rendering import Rendering, read_arrays
@@ -29,6 +30,8 @@ class Opened:
     pool: SlotPool
     fetcher: ThreadPoolExecutor | None
     rendering: Rendering | None
+    lock: Lock | None
+    lock_number: int | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def describe_job(work: Work, step: int, target: Target, options: Options) -> Job
         siblings=target.siblings,
         manifest=work.manifest | {"step": step, "run": work.opened.writer.run},
         ranking=asdict(work.ranking),
+        lock=work.opened.lock_number,
         full_every=options.full_every,
         retry_seconds=options.retry_seconds,
     )

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offstep import catalog, commit, recovery, retention
+from offstep import catalog, commit, ownership, recovery, retention
 from offstep.buffers import Claim, Slot
+from offstep.errors import TargetInUse
 from offstep.formats import FORMATS
 from offstep.manifest import Manifest
 from offstep.records import Job, Plan
@@ -45,6 +46,7 @@ class _Holdings:
     slots: dict[int, mmap.mmap] = field(default_factory=dict)
     claims: dict[int, Claim] = field(default_factory=dict)
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
+    locks: dict[int, tuple[Path, int]] = field(default_factory=dict)
     roots: set[str] = field(default_factory=set)
     census: catalog.Census = field(default_factory=catalog.Census)
     attachments: dict[int, dict[str, mmap.mmap]] = field(default_factory=dict)  # by job and name
@@ -69,6 +71,8 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
         if answer is not None:
             _answer(channel, answer)
     channel.close()
+    for path, descriptor in holdings.locks.values():  # the trainer was killed, and left them to us
+        ownership.give_up(path, descriptor)
     if local_slots is None:
         for buffer in holdings.slots.values():
             buffer.close()
@@ -83,17 +87,12 @@ def _answer(channel: Channel, answer: Message) -> None:
 
 def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] | None) -> Message | None:
     match message["do"]:
-        case "add_slot":
-            number = message["slot"]
-            if local_slots is None:
-                holdings.slots[number], holdings.claims[number] = _map_slot(message["fd"], message["bytes"])
-            elif slot := local_slots.get(number):  # else it has been dropped again
-                holdings.slots[number], holdings.claims[number] = slot.buffer, slot.claim
-        case "drop_slot":
-            buffer, claim = holdings.slots.pop(message["slot"], None), holdings.claims.pop(message["slot"], None)
-            if local_slots is None and buffer is not None and claim is not None:
-                buffer.close()
-                claim.close()
+        case "add_slot" | "drop_slot":
+            _keep_slot(message, holdings, local_slots)
+        case "add_lock":
+            holdings.locks[message["lock"]] = Path(message["path"]), message["fd"]
+        case "drop_lock":
+            os.close(holdings.locks.pop(message["lock"])[1])
         case "add_plan":
             holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
         case "drop_plan":
@@ -117,6 +116,20 @@ def _map(descriptor: int, size_bytes: int) -> mmap.mmap:
         return mmap.mmap(descriptor, size_bytes)
     finally:
         os.close(descriptor)
+
+
+def _keep_slot(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] | None) -> None:
+    if message["do"] == "add_slot":
+        number = message["slot"]
+        if local_slots is None:
+            holdings.slots[number], holdings.claims[number] = _map_slot(message["fd"], message["bytes"])
+        elif slot := local_slots.get(number):  # else it has been dropped again
+            holdings.slots[number], holdings.claims[number] = slot.buffer, slot.claim
+    else:
+        buffer, claim = holdings.slots.pop(message["slot"], None), holdings.claims.pop(message["slot"], None)
+        if local_slots is None and buffer is not None and claim is not None:
+            buffer.close()
+            claim.close()
 
 
 def _map_slot(descriptor: int, size_bytes: int) -> tuple[mmap.mmap, Claim]:
@@ -144,6 +157,7 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
     remarks = []
     try:
+        _check_lock(job, holdings)
         _look_after(job.root, holdings)
         plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
         attachments = holdings.attachments.get(job.number, {})
@@ -170,10 +184,17 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     return answer
 
 
+def _check_lock(job: Job, holdings: _Holdings) -> None:
+    if job.lock is not None and ownership.is_taken_over(*holdings.locks[job.lock]):
+        raise TargetInUse(errno.EBUSY, "another run has taken over, and saves there now", job.target)
+
+
 def _look_after(root: str, holdings: _Holdings) -> None:
-    """At the first job for a root, gives names back that a writer which was killed had taken away for a moment."""
+    """At the first job for a root, recovers what dead runs left there; of the one that is locked the trainer did."""
     if root not in holdings.roots and Path(root).is_dir():
         recovery.put_back_replaced(Path(root))
+        if ownership.is_alone(Path(root)):
+            recovery.recover(Path(root))
         holdings.roots.add(root)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from offstep import worker
 from offstep.attachments import Attachment
 from offstep.buffers import Slot
+from offstep.ownership import Lock
 from offstep.records import Job, Plan
 from offstep.signals import held_signals
 from offstep.wire import Channel, Message
@@ -58,6 +59,7 @@ class _Submitted:
 class _Handed:
     """Everything a new writer needs to be told, in this order."""
 
+    locks: dict[int, Lock] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     plans: dict[int, bytes] = field(default_factory=dict)
     jobs: dict[int, _Submitted] = field(default_factory=dict)
@@ -139,6 +141,21 @@ class Writer:
         with self._lock:
             del self._handed.plans[number]
             self._tell({"do": "drop_plan", "plan": number})
+
+    def add_lock(self, lock: Lock) -> int:
+        """Shares a lock with the writer, so that it outlives a trainer that is killed; returns its number."""
+        with self._lock:
+            number = self._next_plan
+            self._next_plan += 1
+            self._handed.locks[number] = lock
+            self._tell_lock(number)
+        return number
+
+    def drop_lock(self, number: int) -> None:
+        """Lets the writer give up its part of a lock that no unfinished job needs."""
+        with self._lock:
+            del self._handed.locks[number]
+            self._tell({"do": "drop_lock", "lock": number})
 
     def next_job_number(self) -> int:
         """Returns a new job number."""
@@ -300,6 +317,10 @@ class Writer:
             self._tell(note, attachment.fd)
         return self._tell(submitted.message)
 
+    def _tell_lock(self, number: int) -> None:
+        lock = self._handed.locks[number]
+        self._tell({"do": "add_lock", "lock": number, "path": str(lock.path)}, lock.descriptor)
+
     def _tell_plan(self, number: int) -> None:
         # A plan can be larger than the pipe's buffer; through a memfd sending it never blocks.
         descriptor = _spool(self._handed.plans[number])
@@ -317,6 +338,8 @@ class Writer:
         self.in_process = self._wants_thread or bool(reason)
         if self.in_process:
             self._start_thread(theirs)
+        for number in self._handed.locks:
+            self._tell_lock(number)
         for slot in self._handed.slots.values():
             self._tell_slot(slot)
         for number in self._handed.plans:

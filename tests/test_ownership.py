@@ -1,0 +1,173 @@
+"""One live run on one target: the lock, whom it keeps out, and how long it lasts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from orbax.checkpoint import v1
+from processes import find_writers, wait_for_end
+from runs import fit, make_model
+
+import offstep
+from offstep import ownership
+from offstep.errors import SaveFailed, TargetInUse
+
+TREE = {"w": jnp.arange(3.0)}
+OTHER = """
+import os, sys, jax.numpy as jnp, offstep
+checkpointer = offstep.Checkpointer(sys.argv[1])
+checkpointer.save(1, {"w": jnp.arange(3.0)}).wait()
+print("saved", flush=True)
+sys.stdin.readline()
+checkpointer.save(2, {"w": jnp.arange(3.0)})
+try:
+    checkpointer.wait()
+except offstep.SaveFailed as error:
+    print(error, flush=True)
+checkpointer.close()
+"""
+
+
+@contextmanager
+def another_run(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", OTHER, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "saved\n"
+        try:
+            yield other
+        finally:
+            other.kill()
+
+
+def finish(other: subprocess.Popen[str]) -> str:
+    return other.communicate("go\n", timeout=60)[0]
+
+
+def list_locks(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith(".offstep")]
+
+
+def test_a_second_live_run_is_refused_with_the_process_and_host_of_the_first(tmp_path: Path) -> None:
+    with another_run(tmp_path) as other, offstep.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.all_steps() == [1]  # reading is for everybody
+        who = rf"another run saves to {tmp_path} \(process {other.pid} on {os.uname().nodename}, since 20"
+        with pytest.raises(TargetInUse, match=who):
+            checkpointer.save(3, TREE)
+        with pytest.raises(TargetInUse, match="pass takeover=True"):
+            fit(make_model(), [offstep.ModelCheckpoint(tmp_path / "{step}")])
+        assert finish(other) == ""
+        checkpointer.save(3, TREE)
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2, 3]
+    assert list_locks(tmp_path) == []
+
+
+def test_a_run_that_is_taken_over_fails_from_then_on(tmp_path: Path) -> None:
+    with another_run(tmp_path) as other, offstep.Checkpointer(tmp_path, takeover=True) as checkpointer:
+        checkpointer.save(3, TREE)
+        checkpointer.wait()
+        assert "another run has taken over" in finish(other)
+        assert len(list_locks(tmp_path)) == 1  # the other took only its own away
+        assert checkpointer.all_steps() == [1, 3]
+    assert list_locks(tmp_path) == []
+
+
+def test_a_run_after_a_killed_one_waits_for_its_writer(tmp_path: Path) -> None:
+    with another_run(tmp_path) as other:
+        [writer] = find_writers(other.pid)
+        writer.send_signal(signal.SIGSTOP)
+        other.kill()
+        other.wait()
+        [name] = list_locks(tmp_path)
+        descriptor = os.open(tmp_path / name, os.O_RDWR)
+        try:
+            assert not ownership._try_lock(tmp_path / name, descriptor)  # the writer has it still
+        finally:
+            os.close(descriptor)
+        writer.send_signal(signal.SIGCONT)
+        with offstep.Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(3, TREE)
+            checkpointer.wait()
+        wait_for_end(writer.pid)
+    assert list_locks(tmp_path) == []
+
+
+def test_callbacks_of_one_process_share_a_folder(tmp_path: Path) -> None:
+    callbacks = [
+        offstep.ModelCheckpoint(tmp_path / "{step}"),
+        offstep.ModelCheckpoint(tmp_path / "{step}", save_freq=3),
+        offstep.ModelCheckpoint(tmp_path / "best.keras", monitor="loss", save_best_only=True),
+        offstep.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True),
+    ]
+    fit(make_model(), callbacks)
+    assert {"best.keras", "1.weights.h5", "2.weights.h5", "3", "7", "14"} <= set(os.listdir(tmp_path))
+    assert list_locks(tmp_path) == []
+
+
+def test_files_of_another_name_in_the_same_folder_are_another_target(tmp_path: Path) -> None:
+    folder = tmp_path.resolve()
+    held = ownership.acquire(ownership.lock_path(folder, "a.keras"))
+    try:
+        assert ownership.lock_path(folder, "b.keras") != held.path
+        assert ownership.is_alone(folder, held.path)
+        assert not ownership.is_alone(folder)
+    finally:
+        ownership.release(held)
+
+
+def test_stock_readers_ignore_the_lock(tmp_path: Path) -> None:
+    model = make_model()
+    fit(model, [offstep.ModelCheckpoint(tmp_path / "{step}")])
+    held = ownership.acquire(ownership.lock_path(tmp_path))
+    try:
+        loaded = keras.saving.load_model(tmp_path)
+        with ocp.CheckpointManager(tmp_path) as manager:
+            assert manager.all_steps() == [7, 14]
+            manager.restore(14, args=ocp.args.Composite(pytree=ocp.args.StandardRestore()))
+        with v1.training.Checkpointer(tmp_path) as checkpointer:
+            assert [checkpoint.step for checkpoint in checkpointer.checkpoints] == [7, 14]
+    finally:
+        ownership.release(held)
+    np.testing.assert_array_equal(loaded.get_weights()[0], model.get_weights()[0])
+
+
+def test_what_dead_runs_left_is_swept_at_the_start(tmp_path: Path) -> None:
+    for name in ("5.orbax-checkpoint-tmp-offstep-0a1b2c3d-7", ".offstep-trash-3-0a1b2c3d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".offstep-tmp-0a1b2c3d-7").touch()
+    (tmp_path / ".offstep-lock").touch()  # as a power cut leaves it
+    with offstep.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, TREE)
+        checkpointer.wait()
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_unfinished_files_stay_while_another_run_saves_in_the_folder(tmp_path: Path) -> None:
+    with another_run(tmp_path):
+        (tmp_path / ".offstep-tmp-0a1b2c3d-7").touch()
+        fit(make_model(), [offstep.ModelCheckpoint(tmp_path / "best.keras")])
+        assert (tmp_path / ".offstep-tmp-0a1b2c3d-7").exists()
+
+
+def test_a_save_to_a_directory_that_was_deleted_says_so(tmp_path: Path) -> None:
+    import shutil
+
+    with offstep.Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, TREE)
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "run")
+        checkpointer.save(2, TREE)
+        with pytest.raises(SaveFailed, match="vanished"):
+            checkpointer.wait()
