@@ -27,7 +27,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 KEEP = 2
 Arrays = dict[str, dict[str, jax.Array]]
+
+_NEVER = 1_000_000  # batches
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,8 @@ _FACTORIES: dict[str, Callable[[Setup], Contender]] = {
     "offstep_weights": _offstep(".weights.h5", save_weights_only=True),
     "model_checkpoint": _model_checkpoint(".keras"),
     "model_checkpoint_weights": _model_checkpoint(".weights.h5", save_weights_only=True),
+    "offstep_never": lambda setup: _offstep()(replace(setup, save_freq=_NEVER)),
+    "model_checkpoint_never": lambda setup: _model_checkpoint(".keras")(replace(setup, save_freq=_NEVER)),
     "orbax_checkpoint": _orbax_checkpoint,
     "orbax_checkpoint_tuned": _orbax_checkpoint_tuned,
     "thread_npz": _threaded(ThreadedSave),

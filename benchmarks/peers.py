@@ -57,6 +57,8 @@ _ALL = (
     Peer("offstep_keras", "offstep (.keras)", "own", durable=True, needs=("offstep.callbacks",)),
     Peer("offstep_weights", "offstep (.weights.h5)", "own", durable=True, needs=("offstep.callbacks",)),
     Peer("model_checkpoint_weights", "keras ModelCheckpoint (.weights.h5)", "call"),
+    Peer("offstep_never", "offstep that never saves", "never", needs=("offstep.callbacks",)),
+    Peer("model_checkpoint_never", "keras ModelCheckpoint that never saves", "never"),
 )
 PEERS = {peer.name: peer for peer in _ALL}
 DEFAULT_PEERS = tuple(peer.name for peer in _ALL[:7])
