@@ -778,3 +778,11 @@ def test_extra_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
             checkpointer.save(1, tree(), extra=[1])  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="cannot be kept with a checkpoint: object"):
             checkpointer.save(1, tree(), extra={"a": object()})
+
+
+def test_private_checkpoints_are_for_their_owner_only(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, private=True) as checkpointer:
+        checkpointer.save(1, {"w": jnp.ones(3)})
+    found = [tmp_path / "1", *(tmp_path / "1").rglob("*")]
+    assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in found if path.is_file()} == {0o600}

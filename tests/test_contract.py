@@ -351,3 +351,10 @@ def test_a_model_of_the_same_shape_is_not_taken_for_the_other_one(tmp_path: Path
         state = read_step(tmp_path / str(step))
         assert np.array_equal(state[f"trainable_variables/{name}/kernel"], model.get_layer(name).kernel)
     ours.on_train_end()
+
+
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])
+def test_a_private_file_is_for_its_owner_only(name: str, tmp_path: Path) -> None:
+    is_weights = name.endswith(".weights.h5")
+    fit(make_model(), [ModelCheckpoint(tmp_path / name, private=True, save_weights_only=is_weights)], epochs=1)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600

@@ -85,6 +85,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
         exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
+        private: Only the owner of the process may read the checkpoints (modes 0600 and 0700); else the umask decides.
         save_on_preemption: When SIGTERM comes, save at the end of the batch, wait until that is durable, and only then
             let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`.
         preemption_seconds: How long after SIGTERM that has to be done.
@@ -134,6 +135,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         clock: Callable[[], float] = time.monotonic,
         resume: bool = False,
         exit_seconds: float = 300.0,
+        private: bool = False,
         save_on_preemption: bool = False,
         preemption_seconds: float = 25.0,
         on_durable: OnDurable | None = None,
@@ -170,6 +172,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             full_every=full_every,
             retry_seconds=retry_seconds,
             exit_seconds=exit_seconds,
+            private=private,
         )
         if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")

@@ -59,6 +59,7 @@ class Checkpointer:
         retry_seconds: How long a save that fails for want of space, or is interrupted, is tried again before that is
             an error; later saves wait for it.
         exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
+        private: Only the owner of the process may read the checkpoints (modes 0600 and 0700); else the umask decides.
         takeover: Save here though another live run does, whose later saves fail. Without it the first `save` refuses.
 
     Raises:
@@ -94,6 +95,7 @@ class Checkpointer:
         full_every: int | None = None,
         retry_seconds: float = 30.0,
         exit_seconds: float = 300.0,
+        private: bool = False,
         takeover: bool = False,
     ) -> None:
         self._takeover = takeover
@@ -116,6 +118,7 @@ class Checkpointer:
             full_every=full_every,
             retry_seconds=retry_seconds,
             exit_seconds=exit_seconds,
+            private=private,
         )
         self._engine = Engine(options)
         self.directory = Path(directory).absolute()

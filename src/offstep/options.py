@@ -27,6 +27,7 @@ class Options:
     full_every: int | None = None
     retry_seconds: float = 30.0
     exit_seconds: float = 300.0
+    private: bool = False
 
     def __post_init__(self) -> None:
         """Checks each option.

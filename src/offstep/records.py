@@ -173,6 +173,7 @@ class Job:
         ranking: Fields of `retention.Ranking`: which steps stay beside the newest.
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
         retry_seconds: How long to try again after a failure that may pass.
+        private: Nobody but the owner may read the checkpoint.
     """
 
     number: int
@@ -193,6 +194,7 @@ class Job:
     lock: int | None = None
     full_every: int | None = None
     retry_seconds: float = 0.0
+    private: bool = False
 
 
 @dataclass(frozen=True)

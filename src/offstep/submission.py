@@ -92,4 +92,5 @@ def describe_job(work: Work, step: int, target: Target, options: Options) -> Job
         lock=work.opened.lock_number,
         full_every=options.full_every,
         retry_seconds=options.retry_seconds,
+        private=options.private,
     )

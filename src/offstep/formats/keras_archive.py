@@ -93,7 +93,10 @@ def write(job: Job, prepared: PreparedArchive, slot: mmap.mmap) -> int:
     commit.make_root(target.parent)
     rate = None if prepared.rate is None else _read_scalar(prepared.rate, slot)
     size_bytes = prepared.body_bytes  # about; what is long enough to be written around the page cache
-    with commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag) as staged, memoryview(slot) as view:
+    with (
+        commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag, private=job.private) as staged,
+        memoryview(slot) as view,
+    ):
         body, tables = view[: prepared.body_bytes], prepared.float_table
         with counted_beside(view, tables) as nonfinite, computed_beside(zlib.crc32, body, prepared.weights_crc) as crc:
             staged.write(body, prepared.body_offset, io_threads=_IO_THREADS)

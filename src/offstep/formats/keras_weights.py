@@ -73,7 +73,10 @@ def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
     target, head = Path(job.target), prepared.head
     commit.make_root(target.parent)
     file_bytes = len(head) + prepared.body_bytes
-    with commit.StagedFile(target, size_bytes=file_bytes, tag=job.tag) as staged, memoryview(slot) as view:
+    with (
+        commit.StagedFile(target, size_bytes=file_bytes, tag=job.tag, private=job.private) as staged,
+        memoryview(slot) as view,
+    ):
         body = view[: prepared.body_bytes]
         with (
             counted_beside(view, prepared.float_table) as nonfinite,

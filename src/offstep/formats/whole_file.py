@@ -25,7 +25,10 @@ def write(job: Job, prepared: None, slot: mmap.mmap) -> int:
     assert job.file_bytes is not None
     target = Path(job.target)
     commit.make_root(target.parent)
-    with commit.StagedFile(target, size_bytes=job.file_bytes, tag=job.tag) as staged, memoryview(slot) as view:
+    with (
+        commit.StagedFile(target, size_bytes=job.file_bytes, tag=job.tag, private=job.private) as staged,
+        memoryview(slot) as view,
+    ):
         staged.write(view, 0, io_threads=_IO_THREADS)
         staged.commit()
     return job.file_bytes
