@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import keras
@@ -115,16 +116,25 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     def _find_direction(self) -> Literal["min", "max"] | None:
         if self.monitor_op is None:
             try:
-                self._set_monitor_op()
+                self._choose_monitor_op()
             except ValueError:  # Keras cannot tell, and says so where it has to know
                 return None
         if self.monitor_op not in (keras.ops.less, keras.ops.greater):
             return None
         return "max" if self.monitor_op is keras.ops.greater else "min"
 
+    def _choose_monitor_op(self) -> None:
+        """Lets Keras choose, but look at the metrics only: reading `self.model` within `fit` copies the whole state."""
+        model = self._model
+        self._model = SimpleNamespace(metrics=getattr(model, "metrics", ()))
+        try:
+            self._set_monitor_op()
+        finally:
+            self._model = model
+
     def _is_improvement(self, monitor_value: Any, reference_value: Any) -> bool:
         if self.monitor_op is None:
-            self._set_monitor_op()
+            self._choose_monitor_op()
         current = self._round(monitor_value)
         if not np.isfinite(current):
             self._tell_once(f"{self.monitor} is {current}: such a value is never the best.")
