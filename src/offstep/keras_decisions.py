@@ -32,6 +32,7 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     """
 
     best: Any  # a number, of the backend or of NumPy too; None before the first
+    _model: Any  # Keras carries no types
 
     def __init__(
         self,
