@@ -254,7 +254,8 @@ def read_cpu_seconds() -> float:
 
 def newest_checkpoint_bytes(directory: Path) -> int:
     """Returns the bytes of files in the entry of `directory` with the highest step."""
-    steps = {int(entry.stem): entry for entry in directory.iterdir() if entry.stem.isdigit()}
+    names = {entry: entry.name.split(".")[0] for entry in directory.iterdir()}
+    steps = {int(name): entry for entry, name in names.items() if name.isdigit()}
     if not steps:
         return 0
     newest = steps[max(steps)]

@@ -321,7 +321,7 @@ class Engine:
         if opened.snapshotter.mode == "device_copy":
             self._queue(work, opened.snapshotter.copy_on_device(arrays))
             return
-        opened.snapshotter.take(arrays, work.slot)
+        opened.snapshotter.take(arrays, work.slot, are_computed=True)
         if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
             self._submit(work)
         else:

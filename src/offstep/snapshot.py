@@ -105,11 +105,24 @@ class Snapshotter:
             (indices, jax.jit(_copy_all, out_shardings=[self._shardings[index] for index in indices]))
             for indices in _group_by_devices(arrays)
         ]
+        self._known_types: list[tuple[object, object]] = []  # of the arrays that matched last
         self._host_dtypes = [_native_dtype(layout.leaf) for layout in plan.leaves]
         self._is_plain = all(self._has_pointers) and all(shards is _SINGLE_SHARD for shards in self._shards)
 
     def matches(self, arrays: Sequence[Array]) -> bool:
-        """Returns whether the arrays still have the structure that the plan was made for. About 0.3 us a leaf."""
+        """Returns whether the arrays still have the structure that the plan was made for. About 0.1 us a leaf."""
+        # What one compiled step makes has the same types each time, the very same objects; a look at each leaf costs
+        # ten times as much.
+        types = [(getattr(array, "aval", array), getattr(array, "sharding", None)) for array in arrays]
+        known = self._known_types
+        if len(types) == len(known) and all(a is c and b is d for (a, b), (c, d) in zip(types, known, strict=True)):
+            return True
+        if not self._has_structure_of(arrays):
+            return False
+        self._known_types = types if all(isinstance(array, jax.Array) for array in arrays) else []
+        return True
+
+    def _has_structure_of(self, arrays: Sequence[Array]) -> bool:
         return (
             len(arrays) == len(self._shapes)
             and [_shape(array) for array in arrays] == self._shapes
@@ -135,18 +148,19 @@ class Snapshotter:
         return self.mode
 
     @partial(jax.profiler.annotate_function, name="offstep.snapshot")
-    def take(self, arrays: Sequence[Array], slot: Slot) -> None:
+    def take(self, arrays: Sequence[Array], slot: Slot, *, are_computed: bool = False) -> None:
         """Copies the arrays into the slot, chunk by chunk, each with its checksum.
 
-        Waits until the arrays are computed, and with `"transfer"` until they are on the host. No reference to their
-        memory is left when it returns. The arrays must satisfy `matches` and must not be donated meanwhile: call it on
-        the thread that runs the training steps.
+        Waits until the arrays are computed, unless the caller did (`are_computed`), and with `"transfer"` until they are
+        on the host. No reference to their memory is left when it returns. The arrays must satisfy `matches` and must
+        not be donated meanwhile: call it on the thread that runs the training steps.
 
         Raises:
             StructureMismatch: an array has been deleted or resharded.
         """
         keep_alive: list[np.ndarray] = []
-        self.wait_until_computed(arrays)
+        if not are_computed:
+            self.wait_until_computed(arrays)
         try:
             if self.mode == "transfer":
                 self._transfer(arrays, slot)
