@@ -151,7 +151,7 @@ class Snapshotter:
     def take(self, arrays: Sequence[Array], slot: Slot, *, are_computed: bool = False) -> None:
         """Copies the arrays into the slot, chunk by chunk, each with its checksum.
 
-        Waits until the arrays are computed, unless the caller did (`are_computed`), and with `"transfer"` until they are
+        Waits until the arrays are computed, unless the caller did (`are_computed`), with `"transfer"` until they are
         on the host. No reference to their memory is left when it returns. The arrays must satisfy `matches` and must
         not be donated meanwhile: call it on the thread that runs the training steps.
 
