@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +308,50 @@ def test_a_thread_that_waits_for_the_last_save_does_not_keep_the_slot_of_the_fir
         waiting.join()
         checkpointer.wait()
     assert checkpointer.all_steps() == [1, 2, 3, 4, 5]
+
+
+def test_a_signal_handler_may_wait_for_the_save_that_its_thread_waits_for(tmp_path: Path) -> None:
+    """It once waited for the call that it had interrupted."""
+    waited = []
+    with Checkpointer(tmp_path) as checkpointer:
+        submit(checkpointer, 1).wait()
+        [process] = find_writers()
+        process.send_signal(signal.SIGSTOP)
+        pending = submit(checkpointer, 2)
+
+        def wait_too(*_: object) -> None:
+            process.send_signal(signal.SIGCONT)
+            pending.wait()
+            waited.append(pending.done())
+
+        before = signal.signal(signal.SIGALRM, wait_too)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            pending.wait()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    assert waited == [True]
+
+
+def test_an_error_after_the_hand_over_does_not_free_what_the_writer_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetching thread once reported a failure, though the new writer had been told of the job by then."""
+    with Checkpointer(tmp_path, snapshot_mode="device_copy", slots=1) as checkpointer:
+        submit(checkpointer, 1).wait()
+        [process] = find_writers()
+        monkeypatch.setattr(sys, "executable", "")
+        process.kill()
+        wait_for_end(process.pid)
+        pending = submit(checkpointer, 2)  # that a thread writes is a warning, and here an error
+        with suppress(SaveFailed):
+            pending.wait()
+        assert pending.error is None or "cannot start its writer process" in str(pending.error)
+        assert (catalog.list_steps(tmp_path) == [1, 2]) == (pending.error is None)
+        with suppress(RuntimeWarning):
+            checkpointer.wait()
+        submit(checkpointer, 3).wait()
+        assert_holds(checkpointer, 3)
 
 
 def test_a_manifest_that_is_no_json_fails_before_anybody_waits_for_it(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ class Engine:
         try:
             self._start(work, arrays)
         except BaseException:
-            if work.opened.writer.call_off(work.number):  # else the writer has begun, and will report
+            if self._can_give_up(work):
                 self._reports.call_off(work.number)
                 work.opened.pool.release(work.slot)
             raise
@@ -342,18 +342,32 @@ class Engine:
                 work.opened.snapshotter.fetch(private, work.slot)
             self._submit(work, render(work, self._reports.remark))
         except Exception as error:  # noqa: BLE001  reported like any failure of the writer
-            self._take_outcome(work, {"error": f"{type(error).__name__}: {error}", "errno": None})
+            text = f"{type(error).__name__}: {error}"
+            if self._can_give_up(work):
+                self._take_outcome(work, {"error": text, "errno": None})
+            else:
+                self._reports.remark(f"after step {work.pending.step} had been handed to the writer: {text}")
+                work.pending.mark_submitted()
+
+    def _can_give_up(self, work: Work) -> bool:
+        """Takes a save back after an error; false when the writer has begun, and will report, or has reported."""
+        return not work.pending.done() and work.opened.writer.call_off(work.number)
 
     def _submit(self, work: Work, content: bytes | None = None) -> None:
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
         work.pending.change(step=step, path=target.shown)
-        image = None if content is None else make_image(content)
         job = describe_job(work, step, target, self._options)
+        image = None if content is None else make_image(content)
         if image is not None and content is not None:
             job = replace(job, format="whole_file", slot=image.number, file_bytes=len(content))
             work.opened.writer.add_slot(image)
-        work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
+        try:
+            work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
+        except BaseException:
+            if image is not None and self._can_give_up(work):
+                _drop_image(work, image)
+            raise
         work.pending.mark_submitted()
 
     # ------------------------------------------------------------------------------------------------- reports
@@ -427,10 +441,14 @@ class Engine:
     def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
         failure = self._reports.take_in(work.number, outcome, work.started)
         if image is not None:
-            work.opened.writer.drop_slot(image)
-            image.close()
+            _drop_image(work, image)
         work.opened.pool.release(work.slot)
         work.pending.settle(failure)
         on_durable = self._on_durable()
         if failure is None and on_durable is not None:
             on_durable(work.pending)
+
+
+def _drop_image(work: Work, image: Slot) -> None:
+    work.opened.writer.drop_slot(image)
+    image.close()

@@ -39,11 +39,19 @@ HELLO_SECONDS = 60.0
 
 _MAX_ATTEMPTS = 3
 _LAST_BREATH_SECONDS = 1.0
+_LOOK_UP_SECONDS = 1.0
 _NONE: Mapping[str, Attachment] = {}
 _START = "import sys; sys.path[:] = {path!r}; from {entry} import main; main()"
 
 entry = "offstep.worker"
 """The module whose `main` a writer process runs. Tests have one of their own, whose disk fails."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Receiver:
+    """One call of `collect`, and the thread that it runs on."""
+
+    thread: int
 
 
 @dataclass
@@ -78,7 +86,7 @@ class Writer:
         self._wants_thread = in_process
         self.in_process = in_process  # also when no process could be started
         self._turn = threading.Condition()
-        self._receiver: object = None  # the call of `collect` that waits for reports; guarded by self._turn
+        self._receiver: _Receiver | None = None  # the call of `collect` that takes reports in; guarded by self._turn
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
         self._handed = _Handed()
         self._channel: Channel | None = None
@@ -219,21 +227,21 @@ class Writer:
             until: Ends the waiting when true.
         """
         deadline = time.monotonic() + timeout_seconds
-        me = object()
+        me = _Receiver(threading.get_ident())
         try:
             if self._become_receiver(me, deadline, until):
-                while self._handed.jobs and not until() and self._take_in(max(0.0, deadline - time.monotonic())):
-                    with self._turn:
-                        self._turn.notify_all()
+                self._take_in_all(deadline, until)
         finally:
             with self._turn:
                 if self._receiver is me:
                     self._receiver = None
                     self._turn.notify_all()
 
-    def _become_receiver(self, who: object, deadline: float, until: Callable[[], bool]) -> bool:
+    def _become_receiver(self, who: _Receiver, deadline: float, until: Callable[[], bool]) -> bool:
         with self._turn:
             while self._receiver is not None:  # another thread takes the reports in, and tells after each
+                if self._receiver.thread == who.thread:  # a signal handler, in the middle of that
+                    return True
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or until():
                     return False
@@ -241,15 +249,27 @@ class Writer:
             self._receiver = who
         return True
 
+    def _take_in_all(self, deadline: float, until: Callable[[], bool]) -> None:
+        while self._handed.jobs and not until():
+            # Looks up now and then: what it waits for may have been taken in by a signal handler.
+            if self._take_in(min(_LOOK_UP_SECONDS, max(0.0, deadline - time.monotonic()))):
+                with self._turn:
+                    self._turn.notify_all()
+            elif time.monotonic() >= deadline:
+                return
+
     def _take_in(self, timeout_seconds: float) -> bool:
         """Returns whether there was something within the time."""
         self.start()  # only if starting another writer has failed before
-        assert self._channel is not None
+        channel = self._channel
+        assert channel is not None
         patience = self._patience_seconds()
-        is_there = self._channel.wait_readable(min(timeout_seconds, patience))
+        is_there = channel.wait_readable(min(timeout_seconds, patience))
         if not is_there and timeout_seconds < patience:
             return False
         with held_signals():  # Ctrl-C between a report and its note would leave the save pending for ever
+            if self._channel is not channel:  # a signal handler has closed or replaced it meanwhile
+                return True
             if not is_there or not self._take_message():
                 self._restart()
         return True
