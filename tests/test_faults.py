@@ -275,6 +275,30 @@ os.kill(pid, signal.SIGCONT)
     assert_holds(tmp_path, [1, 2, 3, 4])
 
 
+def test_a_forked_child_that_waits_for_a_save_of_its_parent_is_told_so(tmp_path: Path) -> None:
+    """It once waited for ever."""
+    script = """
+import warnings
+warnings.simplefilter("ignore")
+checkpointer.save(1, state(1)).wait()
+pid = writer_pid()
+os.kill(pid, signal.SIGSTOP)
+pending = checkpointer.save(2, state(2))
+child = os.fork()
+if child == 0:
+    try:
+        pending.wait()
+    except offstep.SaveFailed as error:
+        os._exit(0 if "belongs to the parent process" in str(error) else 2)
+    os._exit(1)
+assert os.waitpid(child, 0) == (child, 0)
+os.kill(pid, signal.SIGCONT)
+pending.wait()
+"""
+    status, _, err = run(script, str(tmp_path))
+    assert (err, status) == ("", 0)
+
+
 # -------------------------------------------------------------------------------------------- scripts that just end
 
 ENDINGS = {

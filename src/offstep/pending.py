@@ -82,6 +82,13 @@ class PendingSave:
         """Waits for `mark_submitted`; returns whether it came within `timeout` seconds."""
         return self._submitted.wait(timeout)
 
+    def disown(self) -> None:
+        """In a forked child: ends the waiting for what is the parent's, which alone hears of it."""
+        self._lock = threading.Lock()  # other threads of the parent may have had these
+        self._submitted, self._done = threading.Event(), threading.Event()
+        text = f"step {self.step} ({self.path}) belongs to the parent process; only there can it be waited for"
+        self.settle(SaveFailed(text))
+
     def settle(self, error: SaveFailed | None) -> None:
         """Ends the waiting: it is durable, or has failed with `error`."""
         self.error = error

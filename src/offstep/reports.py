@@ -147,6 +147,8 @@ class Reports:
 
     def forget_pending(self) -> None:
         """In a forked child: what is on its way, and has failed, is the parent's."""
+        for pending in self._pending.values():
+            pending.disown()
         self._pending.clear()
         self._failures.clear()
 
