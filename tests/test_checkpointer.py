@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import operator
 import os
@@ -633,6 +634,17 @@ def test_an_error_carries_its_number(tmp_path: Path) -> None:
     assert isinstance(raised.value, SaveFailed)
     assert raised.value.errno == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2/notes.txt").write_text("mine")
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, tree())
+        with pytest.raises(SaveFailed, match="a directory that is no checkpoint has the name of this step") as raised:
+            checkpointer.wait()
+    assert raised.value.errno == errno.EEXIST
+    assert (tmp_path / "2/notes.txt").read_text() == "mine"
 
 
 def test_a_directory_that_came_back_is_used_again(tmp_path: Path) -> None:

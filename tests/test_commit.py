@@ -27,6 +27,7 @@ from offstep.commit import (
     StagedFile,
     make_root,
     probe_directory,
+    refuse_foreign,
     remove_directory,
     remove_file,
 )
@@ -111,6 +112,31 @@ def test_what_an_attempt_with_the_same_tag_left_is_deleted_and_others_stay(tmp_p
         staged.commit()
     assert set(os.listdir(tmp_path)) == {"5", of_another.path.name}
     assert "garbage" not in read_all(tmp_path / "5")
+
+
+def test_what_an_attempt_left_is_deleted_only_after_the_parent_is_fsynced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the fsync after an exchange has failed, that is the older checkpoint, and the only durable one."""
+    StagedDirectory(tmp_path / "5", tag="a-1").path.joinpath("old").touch()
+    monkeypatch.setattr(disk, "calls", Plan("fsync_parent", fail_with(errno.EIO)).calls())
+    with pytest.raises(OSError, match="Input/output error"):
+        StagedDirectory(tmp_path / "5", tag="a-1")
+    [left] = catalog.leftovers(tmp_path)
+    assert os.listdir(left) == ["old"]
+
+
+@pytest.mark.parametrize("mark", ["offstep.json", "_CHECKPOINT_METADATA", "commit_success.txt", None])
+def test_only_checkpoints_and_empty_directories_may_be_replaced(tmp_path: Path, mark: str | None) -> None:
+    refuse_foreign(tmp_path / "5")
+    (tmp_path / "5").mkdir()
+    refuse_foreign(tmp_path / "5")
+    (tmp_path / "5/notes").mkdir()
+    with pytest.raises(FileExistsError, match="a directory that is no checkpoint has the name of this step"):
+        refuse_foreign(tmp_path / "5")
+    if mark is not None:
+        (tmp_path / "5" / mark).touch()
+        refuse_foreign(tmp_path / "5")
 
 
 def both(content: bytes) -> dict[str, bytes]:

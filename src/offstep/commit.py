@@ -33,6 +33,8 @@ TRASH_PREFIX = ".offstep-trash-"
 REPLACED_PREFIX = ".offstep-replaced-"
 """Begins the name of an older checkpoint while a newer one takes its name, where the two cannot be exchanged."""
 
+# What tells a checkpoint, ours or Orbax's, damaged or not, from other directories.
+_CHECKPOINT_MARKS = ("offstep.json", "_CHECKPOINT_METADATA", "commit_success.txt", "pytree/manifest.ocdbt")
 _SYNC_THREADS = 8
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # what the user named may be a link
 _DIRECTORY_FLAGS = _FOLDER_FLAGS | os.O_NOFOLLOW
@@ -89,6 +91,16 @@ def _identify(path: Path, found: os.stat_result) -> KnownFile:
     return KnownFile(path, found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns))
 
 
+def refuse_foreign(final: Path) -> None:
+    """Raises a `FileExistsError` if a directory with other things than a checkpoint in it has the name of one."""
+    if final.is_symlink() or not final.is_dir():
+        return
+    if any(os.path.lexists(final / mark) for mark in _CHECKPOINT_MARKS) or not os.listdir(final):
+        return
+    text = "a directory that is no checkpoint has the name of this step; move it away, or save elsewhere"
+    raise FileExistsError(errno.EEXIST, text, str(final))
+
+
 class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 
@@ -115,7 +127,9 @@ class StagedDirectory:
         self._disposable: str | None = self.path.name  # what may go when the block ends
         self._parent = os.open(final.parent, _FOLDER_FLAGS)
         try:
-            if tag is not None:
+            if tag is not None and _is_there(self.path.name, self._parent):
+                # After an exchange whose fsync failed the older checkpoint is under this name.
+                disk.calls.fsync_parent(self._parent)
                 disk.calls.delete(self.path.name, self._parent)
             self._directories[""] = self._make_directory(self.path.name, self._parent)
         except BaseException:
@@ -306,6 +320,19 @@ def remove_directory(path: Path) -> None:
         disk.calls.rename(path.name, trash, parent)
         disk.calls.fsync_parent(parent)
         disk.calls.delete(trash, parent)
+
+
+def discard(path: Path) -> None:
+    """Deletes a leftover under another name: whoever may still work on it finds nothing rather than a part."""
+    with _opened(path.parent) as parent:
+        name = path.name
+        if not name.startswith(TRASH_PREFIX):
+            name = f"{TRASH_PREFIX}{name}-{secrets.token_hex(4)}"
+            try:
+                disk.calls.rename(path.name, name, parent)
+            except FileNotFoundError:  # it has been committed, or deleted
+                return
+        disk.calls.delete(name, parent)
 
 
 def delete(path: Path) -> None:

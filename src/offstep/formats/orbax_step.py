@@ -50,6 +50,7 @@ def write(
     """
     target = Path(job.target)
     commit.make_root(Path(job.root))
+    commit.refuse_foreign(target)
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:
         with counted_beside(view, prepared.float_table) as nonfinite:
             split, linked = _split(staged, job, prepared.base, view)
