@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,12 +16,13 @@ import keras
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from failing_disk import Plan, fail_with
 from orbax.checkpoint import v1
 from processes import find_writers, wait_for_end
 from runs import fit, make_model
 
 import offstep
-from offstep import ownership
+from offstep import disk, ownership
 from offstep.errors import SaveFailed, TargetInUse
 
 TREE = {"w": jnp.arange(3.0)}
@@ -82,6 +84,48 @@ def test_a_run_that_is_taken_over_fails_from_then_on(tmp_path: Path) -> None:
         assert len(list_locks(tmp_path)) == 1  # the other took only its own away
         assert checkpointer.all_steps() == [1, 3]
     assert list_locks(tmp_path) == []
+
+
+def test_a_run_that_was_taken_over_stays_so_when_its_successor_has_ended(tmp_path: Path) -> None:
+    with another_run(tmp_path) as other:
+        with offstep.Checkpointer(tmp_path, takeover=True) as checkpointer:
+            checkpointer.save(3, TREE)
+            checkpointer.wait()
+        assert list_locks(tmp_path) == []
+        assert "another run has taken over" in finish(other)
+        assert checkpointer.all_steps() == [1, 3]
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from offstep import ownership
+
+path = ownership.lock_path(Path(sys.argv[1]))
+held = ownership.acquire(path)
+(heard, tell), (go, let) = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    lock = ownership.acquire(path)
+    assert lock.is_parents
+    ownership.release(lock)
+    os.write(tell, b".")
+    os.read(go, 1)
+    assert not ownership.acquire(path).is_parents
+    os._exit(0)
+os.close(tell)
+os.read(heard, 1)
+ownership.release(held)
+path.write_text('{"pid": 1}')
+os.write(let, b".")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_joins_its_parent_and_not_who_came_after_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.stderr, ended.returncode) == ("", 0)
 
 
 def test_a_run_after_a_killed_one_waits_for_its_writer(tmp_path: Path) -> None:
@@ -152,6 +196,18 @@ def test_what_dead_runs_left_is_swept_at_the_start(tmp_path: Path) -> None:
         checkpointer.save(1, TREE)
         checkpointer.wait()
     assert os.listdir(tmp_path) == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_leftovers_that_cannot_be_swept_are_a_warning_and_fail_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = "5.orbax-checkpoint-tmp-offstep-0a1b2c3d-7"
+    (tmp_path / "1" / leftover).mkdir(parents=True)
+    monkeypatch.setattr(disk, "calls", Plan("rename", fail_with(errno.EACCES)).calls())
+    with pytest.warns(RuntimeWarning, match=f"left in {tmp_path}/1 could not be swept: .*Permission denied"):
+        fit(make_model(), [offstep.ModelCheckpoint(tmp_path / "{epoch}", in_process=True)], epochs=1)
+    assert sorted(os.listdir(tmp_path / "1")) == [leftover, "7"]
 
 
 def test_unfinished_files_stay_while_another_run_saves_in_the_folder(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from offstep.errors import TargetInUse
 
 LOCK_NAME = ".offstep-lock"
 
+_TAKEN_OVER = "taken_over_by"  # a key in the file of a run whose place another one has taken
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _MOST_OWNER_BYTES = 4096
@@ -51,8 +52,10 @@ class Lock:
     users: int = 1
 
 
+_Identity = tuple[int, int, bytes]  # device, inode, signature: inodes are used again
+
 _held: dict[Path, Lock] = {}  # guarded by _guard
-_inherited: set[Path] = set()  # what the process had that this one was forked from
+_inherited: dict[Path, _Identity] = {}  # what the process had that this one was forked from
 _guard = threading.Lock()
 
 
@@ -86,8 +89,9 @@ def acquire(path: Path, *, takeover: bool = False) -> Lock:
             held.users += 1
             held.is_new = False
             return held
-        if path in _inherited and path.exists() and not takeover:
-            _held[path] = Lock(path, os.open(path, _OPEN_FLAGS & ~os.O_CREAT), is_new=False, is_parents=True)
+        inherited = None if takeover else _open_inherited(path)
+        if inherited is not None:
+            _held[path] = Lock(path, inherited, is_new=False, is_parents=True)
             return _held[path]
         descriptor, is_new = _open_locked(path, takeover=takeover)
         _held[path] = Lock(path, descriptor, is_new)
@@ -116,7 +120,10 @@ def give_up(path: Path, descriptor: int) -> None:
 
 
 def is_alone(folder: Path, but: Path | None = None) -> bool:
-    """Returns whether nobody has a lock in `folder`, except the one at `but`; our own other locks count too."""
+    """Returns whether nobody has a lock in `folder`, except the one at `but`; our own other locks count too.
+
+    Where that cannot be known (the lock file is another user's, or there are no locks), somebody may.
+    """
     for path in folder.glob(f"{LOCK_NAME}*"):
         if path == but:
             continue
@@ -124,8 +131,10 @@ def is_alone(folder: Path, but: Path | None = None) -> bool:
             descriptor = os.open(path, _OPEN_FLAGS & ~os.O_CREAT)
         except FileNotFoundError:
             continue
+        except OSError:
+            return False
         try:
-            if not _try_lock(path, descriptor):
+            if not _flock(descriptor):
                 return False
         finally:
             os.close(descriptor)
@@ -133,8 +142,18 @@ def is_alone(folder: Path, but: Path | None = None) -> bool:
 
 
 def is_taken_over(path: Path, descriptor: int) -> bool:
-    """Returns whether another run has put a lock file of its own in the place of the open one."""
-    return os.path.lexists(path) and not is_current(path, descriptor)
+    """Returns whether another run has put a lock file of its own in the place of the open one, or did and has ended.
+
+    A file that is gone with its directory, or was deleted by hand, was not taken over.
+    """
+    if os.path.lexists(path):
+        return not is_current(path, descriptor)
+    return _TAKEN_OVER in _read_owner(descriptor)
+
+
+def owns(path: Path, folder: Path) -> bool:
+    """Returns whether the lock at `path` is that of the directory of steps `folder` itself."""
+    return path.name == LOCK_NAME and path == lock_path(folder)
 
 
 def is_current(path: Path, descriptor: int) -> bool:
@@ -146,18 +165,20 @@ def is_current(path: Path, descriptor: int) -> bool:
 
 
 def _open_locked(path: Path, *, takeover: bool) -> tuple[int, bool]:
-    """Returns the locked file, and whether nobody alive had it."""
+    """Returns the locked file, and whether nobody alive had it, as far as there are locks."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     was_free = True
     while True:
         descriptor = os.open(path, _OPEN_FLAGS, 0o666)
         with _closed_on_error(descriptor):
-            if _try_lock(path, descriptor):
+            is_locked = _try_lock(path, descriptor)
+            if is_locked is not False:
                 if is_current(path, descriptor):
                     _sign(descriptor)
-                    return descriptor, was_free
+                    return descriptor, was_free and bool(is_locked)
             elif takeover:
                 was_free = False
+                _write(descriptor, _read_owner(descriptor) | {_TAKEN_OVER: os.getpid()})
                 commit.delete(path)
             else:
                 owner = _read_owner(descriptor)
@@ -176,7 +197,16 @@ def _closed_on_error(descriptor: int) -> Iterator[None]:
         raise
 
 
-def _try_lock(path: Path, descriptor: int) -> bool:
+def _try_lock(path: Path, descriptor: int) -> bool | None:
+    """Returns whether the lock is ours now; `None`, with a warning, where there are none."""
+    is_locked = _flock(descriptor)
+    if is_locked is None:
+        text = f"{path.parent}: this file system has no locks; a second run in it would not be noticed"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return is_locked
+
+
+def _flock(descriptor: int) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -184,13 +214,16 @@ def _try_lock(path: Path, descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
-        text = f"{path.parent}: this file system has no locks; a second run in it would not be noticed"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
     return True
 
 
 def _sign(descriptor: int) -> None:
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    _write(descriptor, owner)
+
+
+def _write(descriptor: int, owner: Mapping[str, object]) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
@@ -232,12 +265,33 @@ def _describe(path: Path, owner: dict[str, object]) -> str:
     )
 
 
+def _identify(descriptor: int) -> _Identity:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, os.pread(descriptor, _MOST_OWNER_BYTES, 0)
+
+
+def _open_inherited(path: Path) -> int | None:
+    """Opens the lock file if it still is the one of the process that this one was forked from."""
+    if path not in _inherited:
+        return None
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS & ~os.O_CREAT)
+    except FileNotFoundError:
+        return None
+    with _closed_on_error(descriptor):
+        if _identify(descriptor) == _inherited[path]:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
 def _forget_after_fork() -> None:
     global _guard  # noqa: PLW0603  the parent's may be held by a thread that this process does not have
     _guard = threading.Lock()
-    for held in _held.values():
+    for path, held in _held.items():
+        with suppress(OSError):
+            _inherited[path] = _identify(held.descriptor)
         os.close(held.descriptor)  # else the lock would last as long as the child
-    _inherited.update(_held)
     _held.clear()
 
 

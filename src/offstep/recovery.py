@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from offstep import catalog, commit, ownership
@@ -15,22 +16,36 @@ def recover(root: Path) -> None:
     """
     put_back_replaced(root)
     for leftover in catalog.leftovers(root):
-        commit.delete(leftover)
+        commit.discard(leftover)
 
 
 def hold(lock_path: Path, *, takeover: bool) -> ownership.Lock:
     """Takes the lock of a target for this process, and recovers what dead runs left beside it.
 
+    That this cannot be swept is only warned of.
+
     Raises:
         TargetInUse: another live run has it.
     """
     lock = ownership.acquire(lock_path, takeover=takeover)
-    folder = lock_path.parent
-    if lock.is_new and lock_path.name == ownership.LOCK_NAME:
-        recover(folder)
-    if lock.is_new:
-        _sweep_files(folder, lock_path)
+    try:
+        if lock.is_new:
+            _recover_beside(lock_path)
+    except BaseException:
+        ownership.release(lock)
+        raise
     return lock
+
+
+def _recover_beside(lock_path: Path) -> None:
+    folder = lock_path.parent
+    try:
+        if lock_path.name == ownership.LOCK_NAME:
+            recover(folder)
+        _sweep_files(folder, lock_path)
+    except OSError as error:
+        text = f"what dead runs left in {folder} could not be swept: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _sweep_files(folder: Path, lock_path: Path) -> None:
@@ -45,6 +60,6 @@ def put_back_replaced(root: Path) -> None:
     """Puts back what was renamed to make room where nothing took the place, and deletes it where something did."""
     for aside, final in catalog.replaced(root).items():
         if os.path.lexists(final):
-            commit.delete(aside)
+            commit.discard(aside)
         else:
             commit.put_back(aside, final)

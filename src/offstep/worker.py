@@ -155,10 +155,10 @@ def _prepare(data: dict[str, Any]) -> Any:
 
 def _save(job: Job, holdings: _Holdings) -> Message:
     cpu_start = time.process_time()
-    remarks = []
+    remarks: list[str] = []
     try:
         _check_lock(job, holdings)
-        _look_after(job.root, holdings)
+        remarks += _look_after(job, holdings)
         plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
         attachments = holdings.attachments.get(job.number, {})
         written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
@@ -189,13 +189,23 @@ def _check_lock(job: Job, holdings: _Holdings) -> None:
         raise TargetInUse(errno.EBUSY, "another run has taken over, and saves there now", job.target)
 
 
-def _look_after(root: str, holdings: _Holdings) -> None:
-    """At the first job for a root, recovers what dead runs left there; of the one that is locked the trainer did."""
-    if root not in holdings.roots and Path(root).is_dir():
-        recovery.put_back_replaced(Path(root))
-        if ownership.is_alone(Path(root)):
-            recovery.recover(Path(root))
-        holdings.roots.add(root)
+def _look_after(job: Job, holdings: _Holdings) -> list[str]:
+    """At the first job for a root, recovers what dead runs left there, and says what could not be.
+
+    Of the root that is locked the trainer did so; there only what an earlier writer of this trainer left is put back.
+    """
+    root = Path(job.root)
+    if job.root in holdings.roots or not root.is_dir():
+        return []
+    holdings.roots.add(job.root)
+    try:
+        if ownership.is_alone(root):
+            recovery.recover(root)
+        elif job.lock is not None and ownership.owns(holdings.locks[job.lock][0], root):
+            recovery.put_back_replaced(root)
+    except OSError as error:
+        return [f"what dead runs left in {root} could not be swept: {error}"]
+    return []
 
 
 def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
