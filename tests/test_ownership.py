@@ -160,6 +160,28 @@ def test_callbacks_of_one_process_share_a_folder(tmp_path: Path) -> None:
     assert list_locks(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_callbacks_that_keep_different_steps_in_one_directory_are_warned_of_once(tmp_path: Path) -> None:
+    callbacks = [
+        offstep.ModelCheckpoint(tmp_path / "{step}", max_to_keep=1),
+        offstep.ModelCheckpoint(tmp_path / "{step}", save_freq=3),
+        offstep.ModelCheckpoint(tmp_path / "{step}", save_weights_only=True, save_freq=100),
+    ]
+    with pytest.warns(UserWarning, match="is shared by two that differ in max_to_keep") as told:
+        fit(make_model(), callbacks)
+    assert len([warning for warning in told if "is shared by" in str(warning.message)]) == 1
+
+
+def test_a_path_for_one_step_and_one_for_many_cannot_share_a_directory(tmp_path: Path) -> None:
+    with offstep.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, TREE)
+        with pytest.raises(ValueError, match=rf"deletes all other steps\. Received: {tmp_path} for both"):
+            fit(make_model(), [offstep.ModelCheckpoint(tmp_path)])
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1]
+    assert list_locks(tmp_path) == []
+
+
 def test_files_of_another_name_in_the_same_folder_are_another_target(tmp_path: Path) -> None:
     folder = tmp_path.resolve()
     held = ownership.acquire(ownership.lock_path(folder, "a.keras"))

@@ -491,7 +491,19 @@ class ModelCheckpoint(DecidingCheckpoint):
         return [arrays[number] for number in self._order]
 
     def _hold(self) -> ownership.Lock:
-        return recovery.hold(self._destination.lock_path(), takeover=self._takeover)
+        return recovery.hold(self._destination.lock_path(), takeover=self._takeover, policy=self._describe_policy())
+
+    def _describe_policy(self) -> ownership.Policy | None:
+        if not self._destination.is_constant:
+            return None
+        ranking = None if self._max_to_keep is None else (self.monitor, self._keep_best, self._keep_every)
+        return ownership.Policy(
+            self._destination.holds_one_step,
+            self._max_to_keep,
+            ranking,
+            self.save_weights_only,
+            self._resumption is not None,
+        )
 
     def _read_state(self) -> tuple[list[Any], object]:
         # The files of Keras have the optimizer too.

@@ -248,7 +248,9 @@ class Checkpointer:
         self.close()
 
     def _hold(self) -> ownership.Lock:
-        return recovery.hold(ownership.lock_path(self.directory), takeover=self._takeover)
+        keep = self._max_to_keep
+        policy = ownership.Policy(max_to_keep=keep, ranking=None if keep is None else self._ranking)
+        return recovery.hold(ownership.lock_path(self.directory), takeover=self._takeover, policy=policy)
 
     def _open(self, tree: Tree, arrays: Sequence[Any]) -> None:
         empty_nodes = _empty_nodes(tree)

@@ -71,6 +71,11 @@ class Destination:
         return ownership.lock_path(self._base, os.path.relpath(self._absolute(text), self._base))
 
     @property
+    def holds_one_step(self) -> bool:
+        """Whether each save replaces everything else in its directory."""
+        return self._holds_one_step and not self.is_file
+
+    @property
     def is_constant(self) -> bool:
         """Whether it is one directory, whatever the fields."""
         return not self.is_file and not self._root.fields

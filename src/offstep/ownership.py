@@ -15,9 +15,9 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offstep import commit
@@ -34,6 +34,25 @@ _OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+@dataclass(frozen=True)
+class Policy:
+    """What one user of a directory of steps does there to the steps of all its users.
+
+    Attributes:
+        holds_one_step: Whether each save replaces everything else in it.
+        max_to_keep: How many of the newest stay.
+        ranking: Which stay beside those; `None` where all do.
+        weights_only: Whether its checkpoints are without optimizer.
+        resumes: Whether its checkpoints hold what a training goes on with.
+    """
+
+    holds_one_step: bool = False
+    max_to_keep: int | None = None
+    ranking: Hashable = None
+    weights_only: bool = False
+    resumes: bool = False
+
+
 @dataclass(eq=False)
 class Lock:
     """A target that this process has for itself; several users in it may share it.
@@ -43,6 +62,7 @@ class Lock:
         descriptor: It, opened; whoever holds a duplicate holds the lock.
         is_parents: Whether it is the lock of the process that this one was forked from, which it saves beside.
         is_new: Whether no other user of this process had it before: then nobody else is writing there.
+        policies: Of those users of this process that had one, each once.
     """
 
     path: Path
@@ -50,6 +70,7 @@ class Lock:
     is_new: bool = True
     is_parents: bool = False
     users: int = 1
+    policies: list[Policy] = field(default_factory=list)
 
 
 _Identity = tuple[int, int, bytes]  # device, inode, signature: inodes are used again
@@ -70,7 +91,7 @@ def lock_path(folder: Path, name: str = "") -> Path:
     return folder.resolve() / f"{LOCK_NAME}{suffix}"
 
 
-def acquire(path: Path, *, takeover: bool = False) -> Lock:
+def acquire(path: Path, *, takeover: bool = False, policy: Policy | None = None) -> Lock:
     """Takes the lock at `path` (from `lock_path`) for this process, or counts one more user where it has it.
 
     Where the run that has it was killed, waits up to a minute for its writer to finish. Any thread.
@@ -78,24 +99,50 @@ def acquire(path: Path, *, takeover: bool = False) -> Lock:
     Args:
         path: The lock file.
         takeover: Take it from a live run, whose saves fail from then on.
+        policy: What the user does there; a warning says where two of this process differ.
 
     Raises:
         TargetInUse: a live run has it.
+        ValueError: another user of this process keeps many steps where this one keeps one, or the reverse.
         OSError: the lock file cannot be made.
     """
     with _guard:
+        policies = [] if policy is None else [policy]
         held = _held.get(path)
         if held is not None:
+            _agree(held, policies)
             held.users += 1
             held.is_new = False
             return held
         inherited = None if takeover else _open_inherited(path)
         if inherited is not None:
-            _held[path] = Lock(path, inherited, is_new=False, is_parents=True)
+            _held[path] = Lock(path, inherited, is_new=False, is_parents=True, policies=policies)
             return _held[path]
         descriptor, is_new = _open_locked(path, takeover=takeover)
-        _held[path] = Lock(path, descriptor, is_new)
+        _held[path] = Lock(path, descriptor, is_new, policies=policies)
         return _held[path]
+
+
+def _agree(held: Lock, policies: list[Policy]) -> None:
+    """Refuses a user of a directory who would delete all of another, and warns where two differ; once."""
+    for policy in policies:
+        if policy in held.policies:
+            return
+        folder = held.path.parent
+        if any(policy.holds_one_step != other.holds_one_step for other in held.policies):
+            raise ValueError(
+                f"a path that ends in '{{step}}' and one that holds a single step cannot share a directory: each save "
+                f"to the latter deletes all other steps. Received: {folder} for both"
+            )
+        held.policies.append(policy)
+        if len(held.policies) == 2:
+            warnings.warn(
+                f"{folder} is shared by two that differ in max_to_keep, in what stays beside that, or in what a "
+                "checkpoint holds: the stricter retention deletes the steps of the other too, and of a step that both "
+                "save the later one stays. Give each a directory of its own.",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def release(lock: Lock) -> None:

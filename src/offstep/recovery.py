@@ -19,15 +19,16 @@ def recover(root: Path) -> None:
         commit.discard(leftover)
 
 
-def hold(lock_path: Path, *, takeover: bool) -> ownership.Lock:
+def hold(lock_path: Path, *, takeover: bool, policy: ownership.Policy | None = None) -> ownership.Lock:
     """Takes the lock of a target for this process, and recovers what dead runs left beside it.
 
-    That this cannot be swept is only warned of.
+    That this cannot be swept is only warned of. `policy` is for `ownership.acquire`.
 
     Raises:
         TargetInUse: another live run has it.
+        ValueError: another user of this process would delete everything that this one keeps, or the reverse.
     """
-    lock = ownership.acquire(lock_path, takeover=takeover)
+    lock = ownership.acquire(lock_path, takeover=takeover, policy=policy)
     try:
         if lock.is_new:
             _recover_beside(lock_path)
