@@ -25,7 +25,7 @@ from runs import (
     read_step,
 )
 
-from offstep import ModelCheckpoint
+from offstep import BackupAndRestore, ModelCheckpoint
 
 BACKEND = os.environ["KERAS_BACKEND"]
 assert keras.backend.backend() == BACKEND != "jax"
@@ -178,6 +178,20 @@ def legacy_files_of_keras(root: Path) -> None:
     for folder, make in (("stock", keras.callbacks.ModelCheckpoint), ("ours", ModelCheckpoint)):
         fit(make_model(), [make(root / folder / "{epoch}.h5")])
     assert_same_files(root / "ours", root / "stock")
+
+
+@case
+def resuming_is_refused(root: Path) -> None:
+    for make, name in (
+        (lambda: BackupAndRestore(root), "BackupAndRestore needs Keras on JAX. Received: Keras on "),
+        (lambda: ModelCheckpoint(root / "{step}", resume=True), "resume=True needs Keras on JAX. Received: Keras on "),
+    ):
+        message = ""
+        try:
+            make()
+        except ValueError as error:
+            message = str(error)
+        assert message == name + BACKEND
 
 
 def judge(function: Case, root: Path) -> str:

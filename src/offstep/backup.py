@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from offstep import catalog, commit
+from offstep import catalog, commit, policy
 from offstep.callbacks import ModelCheckpoint
 from offstep.options import Mode, OnBusy, OnError
 
@@ -57,9 +57,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         snapshot_mode: Mode | None = None,
         in_process: bool = False,
         retry_seconds: float = 30.0,
+        takeover: bool = False,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
         _check(backup_dir, save_freq)
+        if keras.backend.backend() != "jax":
+            raise ValueError(f"BackupAndRestore needs Keras on JAX. Received: Keras on {keras.backend.backend()}")
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint
         self.delete_checkpoint = delete_checkpoint
@@ -78,6 +81,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
             snapshot_mode=snapshot_mode,
             in_process=in_process,
             retry_seconds=retry_seconds,
+            takeover=takeover,
             resume=True,
         )
         self._saver.resume_for(self, mid_epoch=mid_epoch)
@@ -169,9 +173,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 _NEVER = 1 << 62
 
 
-def _check(backup_dir: object, save_freq: object) -> None:
+def _check(backup_dir: str | os.PathLike[str], save_freq: object) -> None:
     if not backup_dir:
         raise ValueError(f"Empty `backup_dir` argument passed. Received: backup_dir={backup_dir!r}")
+    policy.refuse_remote(os.fspath(backup_dir), "backup_dir")
     if save_freq != "epoch" and not isinstance(save_freq, int):
         raise ValueError(
             f"Invalid value for argument `save_freq`. Received: save_freq={save_freq}. "

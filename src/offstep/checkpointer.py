@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from offstep import attachments, catalog, commit, ownership, recovery, retention
+from offstep import attachments, catalog, commit, ownership, policy, recovery, retention
 from offstep.attachments import Attachment, Value
 from offstep.engine import Engine
 from offstep.errors import CheckpointNotFound, UnsupportedLeaf
@@ -99,6 +99,7 @@ class Checkpointer:
         takeover: bool = False,
     ) -> None:
         self._takeover = takeover
+        policy.refuse_remote(os.fspath(directory), "directory")
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'. Received: {mode!r}")

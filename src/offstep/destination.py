@@ -31,10 +31,11 @@ class Destination:
         is_file: Whether a checkpoint is a single file.
 
     Raises:
-        ValueError: the template is malformed, or has a field that is not allowed.
+        ValueError: the template is malformed, has a field that is not allowed, or is no place in a file system.
     """
 
     def __init__(self, filepath: str, *, weights_only: bool, keep: int | None) -> None:
+        policy.refuse_remote(filepath, "filepath")
         self.template = policy.Template(filepath)
         self.format = policy.format_of(filepath, weights_only=weights_only)
         self.is_file = self.format != "orbax_directory"

@@ -29,6 +29,7 @@ _FREQUENCY = re.compile(
     r"((?P<epochs>epochs?)|(?P<batches>batch(es)?)|(?P<s>s|sec|seconds?)|(?P<min>min|minutes?)|(?P<h>h|hours?))",
     re.ASCII,
 )
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 # https://docs.python.org/3/library/string.html#format-specification-mini-language, numbers only. Widths have at most
@@ -275,6 +276,15 @@ def format_of(filepath: str, *, weights_only: bool = True) -> str:
         if filepath.endswith(suffix):
             return "keras_legacy" if name == "keras_weights" and not weights_only else name
     return "orbax_directory"
+
+
+def refuse_remote(path: str, name: str) -> None:
+    """Raises a `ValueError` if `path`, the argument `name`, is the address of a store rather than of a file."""
+    if _SCHEME.match(path):
+        raise ValueError(
+            "this version saves to local and mounted file systems; save there and copy what is durable (`on_durable`), "
+            f"or mount the store. Received: {name}={path}"
+        )
 
 
 def _parse(text: str, filepath: str) -> tuple[_Piece, ...]:
