@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runs import BATCHES, StockRecord, assert_same, fit, iterations, list_steps, make_data, make_model, read_step
 
-from offstep import ModelCheckpoint
+from offstep import BackupAndRestore, Checkpointer, ModelCheckpoint
 
 Model = Any  # Keras carries no types
 
@@ -286,6 +286,46 @@ def test_the_older_hook_of_a_subclass_is_called_when_a_batch_begins(tmp_path: Pa
     assert list_steps(tmp_path) == [3, 6]
 
 
+HOOKS = ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_batch_begin", "on_test_begin", "on_epoch_end"]
+
+
+@pytest.mark.parametrize(("hook", "is_bare"), [(hook, False) for hook in HOOKS] + [("on_train_begin", True)])
+def test_a_subclass_that_keeps_a_hook_to_itself_saves_what_stock_s_would(
+    hook: str, is_bare: bool, tmp_path: Path
+) -> None:
+    """Without our hook, batches were counted and snapshots taken on threads of Keras's pool."""
+    import threading
+
+    threads = set()
+
+    class Mine(ModelCheckpoint):
+        def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
+            threads.add(threading.get_ident())
+            super()._save_model(epoch, batch, logs)
+
+    kept = {hook: lambda self, *_, **__: None}
+    stock = type("Theirs", (StockRecord,), kept)(save_freq=3)
+    stock._current_epoch = 0  # stock fails without
+    ours = type("Silent", (Mine,), kept)(tmp_path / "{step}", save_freq=3)
+    fit(make_quick(), [stock], validation_data=make_data())
+    fit(make_quick(), ours if is_bare else [ours], validation_data=make_data())
+    assert list_steps(tmp_path) == [iterations(state) for state in stock.states] == [3, 6, 9, 12]
+    for state in stock.states:
+        assert_same(read_step(tmp_path / str(iterations(state))), state)
+    assert threads == {threading.get_ident()}
+
+
+def test_a_subclass_that_keeps_the_beginning_to_itself_cannot_resume_and_is_told(tmp_path: Path) -> None:
+    kept = {"on_train_begin": lambda self, logs=None: None}
+    ours = type("Silent", (ModelCheckpoint,), kept)(tmp_path / "{step}", resume=True)
+    backup = type("Quiet", (BackupAndRestore,), kept)(tmp_path)
+    assert not ours.async_safe
+    assert not backup.async_safe
+    for callback in (ours, backup):
+        with pytest.raises(RuntimeError, match=r"on_train_begin did not come.*super\(\).on_train_begin"):
+            fit(make_quick(), [callback])
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
 def test_a_comparison_of_the_user_s_own_decides(tmp_path: Path) -> None:
     ours = ModelCheckpoint(tmp_path / "{step}", "score", save_best_only=True, mode="min")
@@ -358,3 +398,50 @@ def test_a_private_file_is_for_its_owner_only(name: str, tmp_path: Path) -> None
     is_weights = name.endswith(".weights.h5")
     fit(make_model(), [ModelCheckpoint(tmp_path / name, private=True, save_weights_only=is_weights)], epochs=1)
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
+REMOTE = "this version saves to local and mounted file systems; .* Received: "
+
+
+@pytest.mark.parametrize("filepath", ["gs://bucket/best.keras", "s3://bucket/{step}", "file:///tmp/x/{step}"])
+def test_an_address_is_refused_rather_than_taken_for_a_directory(
+    filepath: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=REMOTE + re.escape(f"filepath={filepath}")):
+        ModelCheckpoint(filepath)
+    with pytest.raises(ValueError, match=REMOTE + "backup_dir=gs://bucket/b"):
+        BackupAndRestore("gs://bucket/b")
+    with pytest.raises(ValueError, match=REMOTE + "directory=gs://bucket/c"):
+        Checkpointer("gs://bucket/c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_with_a_colon_are_no_addresses(tmp_path: Path) -> None:
+    fit(make_quick(), [ModelCheckpoint(tmp_path / "a:b" / "{step}")], epochs=1)
+    assert list_steps(tmp_path / "a:b") == [7]
+
+
+def test_steps_that_stay_the_same_are_told_once(tmp_path: Path) -> None:
+    class TwoPlayers(keras.Model):
+        """Does not count in the optimizer that it is compiled with, as a GAN with two of its own does not."""
+
+        def __init__(self) -> None:
+            super().__init__(name="players")
+            self.layer = keras.layers.Dense(1, name="only")
+
+        def call(self, x: Any) -> Any:
+            return self.layer(x)
+
+        def train_step(self, state: Any, data: Any) -> Any:
+            return {"loss": 0.0}, state
+
+    model = TwoPlayers()
+    model.compile("sgd", "mse")
+    model(make_data()[0])
+    with pytest.warns(UserWarning, match="step of two saves is 0, though 7 batches were trained") as told:
+        fit(model, [ModelCheckpoint(tmp_path / "{step}", save_weights_only=True)], epochs=4)
+    assert len([each for each in told if "step of two saves" in str(each.message)]) == 1
+    assert list_steps(tmp_path) == [0]
+    fit(model, [ModelCheckpoint(tmp_path / "e" / "{epoch}", save_weights_only=True)], epochs=2)
+    assert sorted(path.name for path in (tmp_path / "e").iterdir() if path.is_dir()) == ["1", "2"]

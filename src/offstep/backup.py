@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from offstep import catalog, commit, policy
-from offstep.callbacks import ModelCheckpoint
+from offstep.callbacks import ModelCheckpoint, has_own_hooks
 from offstep.options import Mode, OnBusy, OnError
 
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
@@ -39,8 +39,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         >>> callback = BackupAndRestore("backup", save_freq=100)
     """
 
-    async_safe = True  # see `ModelCheckpoint`
-
     def __init__(
         self,
         backup_dir: str | os.PathLike[str],
@@ -61,6 +59,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
     ) -> None:
         keras.callbacks.Callback.__init__(self)
         _check(backup_dir, save_freq)
+        self.async_safe = has_own_hooks(self, BackupAndRestore)  # see `ModelCheckpoint`
         if keras.backend.backend() != "jax":
             raise ValueError(f"BackupAndRestore needs Keras on JAX. Received: Keras on {keras.backend.backend()}")
         self.save_freq = save_freq

@@ -19,6 +19,7 @@ class StepCounter:
 
     def __init__(self) -> None:
         self.batches = 0
+        self.counted = 0  # in this process, whatever the optimizer says
         self.divisor = 1
         self.last_batch = -1
 
@@ -38,7 +39,9 @@ class StepCounter:
 
     def count(self, batch: int) -> None:
         """Counts up to `batch`, which is 0-based in its epoch."""
-        self.batches += batch - self.last_batch if batch > self.last_batch else batch + 1
+        ended = batch - self.last_batch if batch > self.last_batch else batch + 1
+        self.batches += ended
+        self.counted += ended
         self.last_batch = batch
 
 
@@ -59,8 +62,12 @@ class Dispatch:
     def begin_training(self) -> None:
         """Takes the calling thread as the one that trains."""
         self._has_begun = False
-        self._thread = threading.get_ident()
+        self.take_thread()
         self._open_batch = None
+
+    def take_thread(self) -> None:
+        """Takes the calling thread as the one that trains; no batch that is open is forgotten."""
+        self._thread = threading.get_ident()
 
     def begin_epoch(self) -> None:
         """Forgets the notes of the epoch before."""

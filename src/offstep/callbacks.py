@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +30,14 @@ from offstep.reports import Counts
 
 _VERSIONS = {"keras": keras.__version__, "jax": version("jax")}  # read once: it takes longer than a small snapshot
 _BATCH_ENDS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
+_LED_BY = (
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_batch_begin",
+    "on_train_batch_begin",
+    "on_test_begin",
+    "on_epoch_end",
+)
 
 _REMEMBERED = (
     "best",
@@ -184,9 +193,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._observer = Observer(event_log, on_durable)
         # Snapshots are taken in hooks that Keras always calls on the training thread. Where its dispatch calls
         # `on_train_batch_end` from a pool, that hook only takes notes, so the pool need not be switched off. The hooks
-        # of a subclass know nothing of that: they are called as those of stock's subclasses are.
-        is_ours = all(getattr(type(self), name) is getattr(ModelCheckpoint, name) for name in _BATCH_ENDS)
-        self.async_safe = is_ours and keras.backend.backend() == "jax"
+        # of a subclass know nothing of that, and may keep ours from being called: they are called as those of stock's
+        # subclasses are.
+        self.async_safe = has_own_hooks(self, ModelCheckpoint) and keras.backend.backend() == "jax"
         self._current_epoch = 0
         self._order: tuple[int, ...] = ()  # which live array each leaf is
         self._iteration_index: int | None = None
@@ -194,8 +203,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._event: Event = "epoch_end"  # the hook that a save is made in
         self._epoch_logs: Logs | None = None
         self._steps = StepCounter()
-        self._is_in_fit = False
-        self._as_trained = False
+        self._unjudged: deque[tuple[PendingSave, int]] = deque()  # with the number of batches counted until then
+        self._has_begun = self._is_in_fit = self._as_trained = False
         self._dispatch = Dispatch()
         self._resumption = _make_resumption(self) if resume else None
         self._preemption: Preemption | None = None
@@ -246,10 +255,19 @@ class ModelCheckpoint(DecidingCheckpoint):
         """Takes the model to save; what PyTorch distributes it with is taken off."""
         super().set_model(model)
         self._model = self.model
+        if type(self).on_train_begin is not ModelCheckpoint.on_train_begin:  # ours may never come
+            self._dispatch.take_thread()
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks the target, lays out the slots and starts the writer."""
         self._dispatch.begin_training()
+        self._begin()
+        if self._resumption is not None:
+            self._resumption.begin(self._model, self.filepath)
+            self._correct_steps()
+        self._watch()
+
+    def _begin(self) -> None:
         self._is_in_fit = keras_state.is_in_fit(self._model)
         self._schedule.begin()
         self._destination.fix()
@@ -257,14 +275,31 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._resume_best(self._destination.read_manifests())
         self._observer.begin(filepath=self.filepath, versions=_VERSIONS)
         self._open()
-        if self._resumption is not None:
-            self._resumption.begin(self._model, self.filepath)
-            self._correct_steps()
+        self._has_begun = True
+
+    def _watch(self) -> None:
         if self._preemption is not None:
             self._preemption.watch(self._is_training)
 
+    def _begin_late(self) -> None:
+        """Begins where a loop by hand, or a subclass, has not passed `on_train_begin` on.
+
+        Raises:
+            RuntimeError: the training should have been resumed, for which it is too late.
+        """
+        if self._has_begun:
+            return
+        if self._resumption is not None:
+            raise RuntimeError(
+                "on_train_begin did not come, so that the training cannot be resumed. A subclass has to call "
+                "super().on_train_begin(logs), and a loop the callback's hook."
+            )
+        self._begin()
+        self._watch()
+
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Notes the epoch."""
+        self._begin_late()
         super().on_epoch_begin(epoch, logs)
         self._dispatch.begin_epoch()
         if self._frequency is not None:
@@ -343,6 +378,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         if self._preemption is not None:
             self._preemption.stop_watching()
         self._observer.end()
+        self._has_begun = False
         self._engine.raise_failures()
 
     def _poll(self) -> None:
@@ -431,6 +467,7 @@ class ModelCheckpoint(DecidingCheckpoint):
     def _save_model(self, epoch: int, batch: int | None, logs: Logs | None) -> None:
         started = time.monotonic()
         self._engine.poll()
+        self._begin_late()
         if not self._destination.is_fixed():
             self._destination.fix()
         if self._signature is None:
@@ -468,10 +505,26 @@ class ModelCheckpoint(DecidingCheckpoint):
         if pending is None:
             self.best = best  # the next one has to beat what is on the disk
             return
+        self._tell_if_step_stays(pending)
         self._destination.remember(pending)
         self._observer.follow(pending)
         if self._frequency is not None:
             self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)
+
+    def _tell_if_step_stays(self, pending: PendingSave) -> None:
+        """Says that the optimizer does not count, as where `train_step` has optimizers of its own."""
+        is_backup = self._resumption is not None and self._resumption.owner is not self  # which has one place anyway
+        if is_backup or "step" not in self._destination.template.fields:
+            return
+        self._unjudged.append((pending, self._steps.counted))
+        while len(self._unjudged) > 1 and self._unjudged[1][0].wait_until_submitted(0):  # then its step is known
+            (older, before), (newer, now) = self._unjudged.popleft(), self._unjudged[0]
+            if older.step == newer.step and now - before >= self._steps.divisor and self._counts_exactly:
+                self._tell_once(
+                    f"The step of two saves is {newer.step}, though {now - before} batches were trained between them: "
+                    "this model does not count in `optimizer.iterations`. Each save replaces the one before; "
+                    "name them by {epoch}, or by {epoch} and {batch}."
+                )
 
     def _is_writing(self) -> bool:
         return self._engine.is_writing
@@ -572,6 +625,11 @@ class ModelCheckpoint(DecidingCheckpoint):
             keras_state.print_message(pending.note)
         if self.verbose > 1:
             keras_state.print_message(describe_costs(pending.stats))
+
+
+def has_own_hooks(callback: keras.callbacks.Callback, cls: type) -> bool:
+    """Returns whether all hooks that saving relies on are those of `cls`, rather than of a subclass of it."""
+    return all(getattr(type(callback), name) is getattr(cls, name) for name in (*_BATCH_ENDS, *_LED_BY))
 
 
 def _make_resumption(callback: ModelCheckpoint) -> Resumption:
