@@ -14,6 +14,7 @@ from interrupted import (
     BATCHES,
     Diary,
     Interrupt,
+    Interrupted,
     InterruptTest,
     Plain,
     QuietDiary,
@@ -21,10 +22,12 @@ from interrupted import (
     assert_equal,
     fit,
     generate,
+    let_go,
     make_data,
     make_model,
     train,
 )
+from runs import assert_same, read_state
 
 from offstep import BackupAndRestore, ModelCheckpoint
 
@@ -264,3 +267,40 @@ def test_a_grain_dataset_goes_on_where_its_iterator_was(tmp_path: Path, kind: st
     assert resumed.attempts == 3
     del resumed.decisions[0]
     assert_equal(resumed, expected)
+
+
+def test_a_resume_with_nothing_left_to_train_does_not_lead_the_next_fit(tmp_path: Path) -> None:
+    """Keras has one initial epoch for a model; only an epoch that began took it back."""
+    fit(make_model(), [BackupAndRestore(tmp_path, delete_checkpoint=False)], epochs=2)
+    model = make_model()
+    assert fit(model, [BackupAndRestore(tmp_path)], epochs=2).epoch == [0, 1]
+    assert int(model.optimizer.iterations) == 2 * BATCHES
+    assert fit(model, [], epochs=2).epoch == [0, 1]
+    assert int(model.optimizer.iterations) == 4 * BATCHES
+
+
+def test_two_callbacks_that_resume_one_fit_are_refused(tmp_path: Path) -> None:
+    callbacks = [ModelCheckpoint(tmp_path / "a" / "{step}", resume=True), BackupAndRestore(tmp_path / "b")]
+    with pytest.raises(ValueError, match="Received: a second one, BackupAndRestore"):
+        fit(make_model(), callbacks)
+    let_go(callbacks)
+    fit(make_model(), callbacks[1:], epochs=1)  # alone it may
+
+
+def test_a_callback_that_evaluates_before_the_state_is_put_back_does_no_harm(tmp_path: Path) -> None:
+    """The arrays of the checkpoint were those of the model's variables, which a step of Keras donates."""
+
+    class Warm(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            self.model.train_on_batch(*make_data(4))
+            self.model.evaluate(*make_data(4), verbose=0)
+
+    expected = train(list)
+    interrupted = BackupAndRestore(tmp_path, save_freq=1)
+    with pytest.raises(Interrupted):
+        fit(make_model(), [interrupted, Interrupt(BATCHES + 3)])
+    let_go([interrupted])
+    model = make_model()
+    history = fit(model, [BackupAndRestore(tmp_path, save_freq=1), Warm()])
+    assert history.epoch == expected.epochs
+    assert_same(read_state(model), expected.state)

@@ -56,7 +56,8 @@ class Moment:
 class _Found:
     """A checkpoint that was read."""
 
-    values: list[jax.Array]  # of the model's variables; nothing donates them before they are put back
+    path: Path
+    values: list[jax.Array]  # of the model's variables; deleted if other callbacks train or evaluate before us
     extra: dict[str, Value]
     large: dict[str, Value]
 
@@ -99,12 +100,19 @@ class Resumption:
             filepath: Template of the checkpoints' paths.
 
         Raises:
+            ValueError: another callback of the `fit` resumes it already.
             StructureMismatch: the checkpoint is one of another model.
             CheckpointNotFound: there are checkpoints, but none can be read.
         """
         self._model, self._states, self._skip, self.is_standing_in = model, None, None, False
+        self._found, self._fit = None, find_fit(model)
+        if self._fit is not None and any(isinstance(each, AfterAll) for each in self._fit.callbacks):
+            self._fit = None
+            raise ValueError(
+                "only one callback of a fit can resume it: one BackupAndRestore, or one ModelCheckpoint with "
+                f"resume=True. Received: a second one, {type(self.owner).__name__}"
+            )
         self._found = self._read_newest(find_checkpoints(filepath))
-        self._fit = find_fit(model)
         if self._fit is not None:
             AfterAll(self._fit.callbacks, self._begin_after_all)
         elif self._found is not None:
@@ -239,6 +247,8 @@ class Resumption:
         """Lets go of the `fit`; in `on_train_end`."""
         if self._data is not None:
             self._data.release()
+        if self._fit is not None:  # without an epoch, nothing has taken it back
+            set_initial_epoch(self._model, None)
         self._fit = self._states = None
 
     def _put_back(self, found: _Found) -> None:
@@ -256,6 +266,9 @@ class Resumption:
     def _put_back_model(self, found: _Found) -> None:
         model = self._model
         keras_state.attach_values(model)
+        if any(value.is_deleted() for value in found.values):
+            restore(model, found.path)
+            return
         variables = [variable for group in GROUPS for variable in list_variables(model, group)]
         for variable, value in zip(variables, found.values, strict=True):
             variable.assign(value)
@@ -308,7 +321,7 @@ def _read(path: Path, model: Model) -> _Found:
         raise ValueError(f"it was written by a newer offstep (version {extra['version']} of its extra file)")
     large = {key: attachments.read(path / _large_name(key)) for key in extra["large"]}
     restore(model, path)
-    return _Found(keras_state.live_arrays(model), extra, large)
+    return _Found(path, keras_state.live_arrays(model), extra, large)
 
 
 def _large_name(key: str) -> str:
