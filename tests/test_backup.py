@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -132,3 +134,19 @@ def flip_a_bit(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
+
+
+def test_a_copy_of_a_used_backup_backs_up_for_itself(tmp_path: Path) -> None:
+    backup = BackupAndRestore(tmp_path)
+    with pytest.raises(Interrupted):
+        fit(make_model(), [backup, Interrupt(BATCHES + 2)])
+    let_go([backup])
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(backup)))
+    model = make_model()
+    fit(model, [copied])
+    assert int(model.optimizer.iterations) == 4 * BATCHES
+
+
+def test_a_backup_takes_a_directory_over_if_asked(tmp_path: Path) -> None:
+    assert BackupAndRestore(tmp_path, takeover=True).saver._takeover
+    assert not BackupAndRestore(tmp_path).saver._takeover

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import pickle
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -412,6 +413,21 @@ def test_a_callback_can_be_copied_before_and_after_it_was_used(tmp_path: Path) -
     assert third.counts.durable == third.counts.requested > 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda used: pickle.loads(pickle.dumps(used))])
+@pytest.mark.parametrize("name", ["{step}", "{epoch}.keras"])
+def test_a_copy_of_a_used_callback_saves_for_itself(name: str, make_copy: Callable[[Any], Any], tmp_path: Path) -> None:
+    ours = ModelCheckpoint(tmp_path / name, max_to_keep=1)
+    fit(make_model(), [ours])
+    copied = make_copy(ours)
+    copied.filepath = tmp_path / "copy" / name
+    fit(make_model(), [copied], epochs=3)
+    assert (ours.counts.durable, copied.counts.durable) == (2, 3)
+    own = make_copy(copied)  # of one that has files to keep
+    fit(make_model(), [own], epochs=1)
+    assert own.counts.durable == 1
+
+
 # ------------------------------------------------------------------------------------------------ decisions
 
 
@@ -577,8 +593,16 @@ def test_relative_names_stay_where_training_began(
     assert list_steps(root) == [3, 6]
 
 
+class Foreign:
+    """A tensor of another library, which is not on the host."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("copy it to the host first")
+
+
 def test_logs_of_any_kind_do_no_harm(tmp_path: Path) -> None:
     odd: Options = {"note": ["text"], "none": [None], "step": [99], "object": [object()], "flag": [True]}
+    odd |= {"ragged": [[[1.0], [2.0, 3.0]]], "foreign": [Foreign()]}
     ours = ModelCheckpoint(tmp_path / "{step}")
     fit(make_model(), [Report(**odd), ours], epochs=1)
     assert list_steps(tmp_path) == [7]

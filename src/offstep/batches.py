@@ -131,5 +131,13 @@ class Dispatch:
 
 def plain_numbers(logs: Logs) -> dict[str, float]:
     """Returns the entries of the logs that are numbers, as JSON can hold them; other callbacks put anything there."""
-    arrays = {name: np.asarray(value) for name, value in logs.items()}
-    return {name: float(array) for name, array in arrays.items() if array.ndim == 0 and array.dtype.kind in "biuf"}
+    numbers = {name: _read_number(value) for name, value in logs.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _read_number(value: Any) -> float | None:  # whatever a callback put into the logs
+    try:
+        array = np.asarray(value)
+    except Exception:  # noqa: BLE001  a ragged list, or a tensor of another library: no number, in its own words
+        return None
+    return float(array) if array.ndim == 0 and array.dtype.kind in "biuf" else None

@@ -212,6 +212,12 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._check_can_save_any_batch()
             self._preemption = Preemption(preemption_seconds)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what a copy has no part in: the training that goes on, and the logs of others."""
+        nothing: dict[str, Any] = dict.fromkeys(("_signature", "_epoch_logs"))
+        nothing |= dict.fromkeys(("_has_begun", "_is_in_fit", "_as_trained"), False)
+        return self.__dict__ | nothing | {"_unjudged": deque()}
+
     # Keras's constructor sets the filepath before the rest.
     save_weights_only = False
     _max_to_keep: int | None = None

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from offstep import catalog, commit, ownership, policy
 from offstep.manifest import Manifest
@@ -47,6 +48,10 @@ class Destination:
         self._saved: deque[PendingSave] = deque(maxlen=None if keep is None else keep + _UNSURE_FILES)
         self._directory: Path | None = None
         self._base = Path()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps or deletes the files only that it saves itself."""
+        return self.__dict__ | {"_saved": deque(maxlen=self._saved.maxlen)}
 
     def is_fixed(self) -> bool:
         """Returns whether `fix` was called."""

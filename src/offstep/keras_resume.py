@@ -90,6 +90,11 @@ class Resumption:
         self.is_standing_in = False
         """Whether the batch that Keras believes to train is one that was trained before the interruption."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy resumes a training of its own."""
+        nothing: dict[str, Any] = dict.fromkeys(("_model", "_fit", "_states", "_found", "_skip", "_start"))
+        return self.__dict__ | nothing | {"_drawn_before": 0, "is_standing_in": False}
+
     # -------------------------------------------------------------------------------------------------- reading
 
     def begin(self, model: Model, filepath: str) -> None:
