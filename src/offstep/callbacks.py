@@ -525,7 +525,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._unjudged.append((pending, self._steps.counted))
         while len(self._unjudged) > 1 and self._unjudged[1][0].wait_until_submitted(0):  # then its step is known
             (older, before), (newer, now) = self._unjudged.popleft(), self._unjudged[0]
-            if older.step == newer.step and now - before >= self._steps.divisor and self._counts_exactly:
+            if older.step == newer.step == 0 and now - before >= self._steps.divisor and self._counts_exactly:
                 self._tell_once(
                     f"The step of two saves is {newer.step}, though {now - before} batches were trained between them: "
                     "this model does not count in `optimizer.iterations`. Each save replaces the one before; "
