@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import empty_directory
-from report import describe_machine
+from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 from workloads import WORKLOADS, build

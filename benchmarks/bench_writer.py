@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from command import DEFAULT_DIRECTORY
-from report import describe_machine
+from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import Options, Runs, run_alternating
+from machine import describe_machine
 from peers import DEFAULT_PEERS, PEERS, Peer, select_peers
-from report import RESULTS, STALL_COLUMNS, describe_machine, print_machine, print_rows, summarise, write_json
+from report import RESULTS, STALL_COLUMNS, print_machine, print_rows, summarise, write_json
 from rich.console import Console
 from workloads import WORKLOADS, Workload, shrink
 

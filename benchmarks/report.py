@@ -7,13 +7,7 @@ without a callback.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import itertools
 import json
-import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from harness import Options, Runs
+from machine import free_path, today
 from peers import BASELINE, OURS, PEERS
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-VERSIONS = ("offstep", "keras", "jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy", "safetensors", "torch")
 
 
 @dataclass(frozen=True)
@@ -301,51 +294,6 @@ def compare(ours: Row, other: Row) -> dict[str, float]:
         pairs["durable"] = (done.median, ours.durable_seconds.median)
     # A difference that noise made zero or negative has no ratio.
     return {name: theirs / mine for name, (theirs, mine) in pairs.items() if mine > 0 and theirs > 0}
-
-
-def describe_machine(directory: Path) -> dict[str, Any]:
-    """Returns CPU, cores, memory, kernel, file system and versions, for JSON."""
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "name": platform.node(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "kernel": f"{platform.system()} {platform.release()}",
-        "file_system": _file_system(directory),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _cpu_model() -> str:
-    match = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def _file_system(directory: Path) -> str:
-    path = directory.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    best = max(mounts, key=lambda part: len(part.mountpoint), default=None)
-    return f"{best.fstype} ({best.mountpoint})" if best else "unknown"
-
-
-def today() -> str:
-    """Returns the date in UTC."""
-    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-
-
-def free_path(directory: Path, name: str) -> Path:
-    """Returns where results of today go: `<date>-<name>.json`, numbered where that exists."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stem = f"{today()}-{name}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(path for free in names if not (path := directory / f"{free}.json").exists())
 
 
 def write_json(name: str, directory: Path, machine: dict[str, Any], options: Options, all_runs: Sequence[Runs]) -> Path:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from command import DEFAULT_DIRECTORY
-from report import RESULTS, describe_machine, free_path
+from machine import describe_machine, free_path
+from report import RESULTS
 
 HERE = Path(__file__).resolve().parent
 IMAGES = HERE.parent / "docs" / "images"

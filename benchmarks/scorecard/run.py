@@ -1,0 +1,103 @@
+"""Is what was reported durable still there, and was anybody told of what is not?
+
+    python benchmarks/scorecard/run.py                            # hours; kept in benchmarks/results/
+    python benchmarks/scorecard/run.py --quick                    # does everything work?
+    python benchmarks/scorecard/run.py --scenarios kill_trainer --peers offstep model_checkpoint --trials 20
+
+Each trial trains and saves in a process of its own, in a real `fit` where the peer is a callback. This process keeps
+what was reported durable, does what goes wrong, and has a fresh process without offstep restore what is there and
+compare every value. Prints `N of M survived | lost L bytes | silent S | unreported U | hung H` for each peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from bench import Bench  # noqa: E402
+from machine import describe_machine, free_path  # noqa: E402
+from peers import ALL, PEERS, Peer  # noqa: E402
+from scenario import Scenario, collect_scenarios  # noqa: E402
+from verdict import Tally  # noqa: E402
+
+RESULTS = HERE.parent / "results"
+DEFAULT_DIRECTORY = HERE.parents[1] / "build" / "scorecard"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the scenarios; returns 1 if ours did not survive everything."""
+    scenarios = collect_scenarios()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", choices=list(scenarios), default=list(scenarios))
+    parser.add_argument("--peers", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--quick", action="store_true", help="as few trials as show that everything works")
+    parser.add_argument("--trials", type=int, help="of each scenario and peer, rather than its own number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dir", type=Path, default=DEFAULT_DIRECTORY, help="where checkpoints go (%(default)s)")
+    parser.add_argument("--results", type=Path, help="where results go (benchmarks/results; with --quick, DIR)")
+    options = parser.parse_args(arguments)
+    options.dir.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    with Bench(options.dir) as bench:
+        results = [run_scenario(bench, scenarios[name], options, lines) for name in options.scenarios]
+    folder = options.results or (options.dir if options.quick else RESULTS)
+    print(f"everything: {write(folder, results, lines, options)}")
+    return int(
+        any(PEERS[name].is_ours and not is_clean for each in results for name, is_clean in each["clean"].items())
+    )
+
+
+def run_scenario(
+    bench: Bench, scenario: Scenario, options: argparse.Namespace, lines: list[str]
+) -> dict[str, Any]:  # JSON
+    """Runs one scenario with all its peers and returns it as JSON."""
+    _say(f"{scenario.name}: {scenario.question}", lines)
+    result: dict[str, Any] = {"name": scenario.name, "question": scenario.question, "peers": {}, "clean": {}}
+    for name in (name for name in options.peers if name in scenario.peers):
+        started = time.monotonic()
+        tally = run_peer(bench, scenario, PEERS[name], options)
+        result["peers"][name] = asdict(tally) | {"seconds": round(time.monotonic() - started, 1)}
+        result["clean"][name] = tally.is_clean
+        _say(f"    {PEERS[name].label:30} {tally}", lines)
+    return result
+
+
+def run_peer(bench: Bench, scenario: Scenario, peer: Peer, options: argparse.Namespace) -> Tally:
+    """Runs all trials of one peer."""
+    obstacle = scenario.find_obstacle()
+    if obstacle is not None:
+        return Tally(skipped=obstacle)
+    trials = scenario.trials if peer.is_ours else scenario.peer_trials
+    trials = options.trials or (scenario.quick if options.quick else trials)
+    bench.rest(f"{options.seed} {scenario.name} {peer.name}")
+    return Tally.of(scenario.run(bench, peer, trials))
+
+
+def write(
+    folder: Path, results: list[dict[str, Any]], lines: list[str], options: argparse.Namespace
+) -> Path:  # JSON objects
+    """Keeps the results as JSON and the lines as text; an earlier result is never replaced."""
+    machine = describe_machine(options.dir)
+    path = free_path(folder, f"{machine['name']}-scorecard")
+    data = {"machine": machine, "seed": options.seed, "quick": options.quick, "scenarios": results}
+    path.write_text(json.dumps(data, indent=1))
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _say(line: str, lines: list[str]) -> None:
+    print(line, flush=True)
+    lines.append(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
