@@ -350,6 +350,30 @@ def test_a_file_carries_a_manifest_that_stock_keras_does_not_see(suffix: str, tm
         assert crc32c(path.read_bytes()[: record.size]) == record.crc32c
 
 
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("saves_logarithms", "weights.h5"), ("saves_logarithms", "keras"), ("functional", "h5")]
+)
+def test_a_file_that_keras_made_carries_a_manifest_that_tells_a_flipped_bit(
+    name: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"ours.{suffix}"
+    with expected_warning("Keras itself writes each file"):
+        model = fit_zoo(name, make_pairs(tmp_path, {suffix: KINDS[suffix]}))
+    assert_same(read_file(path), read_file(tmp_path / f"stock.{suffix}"))
+    found = file_manifest.read(path)
+    assert found is not None
+    assert (found.step, found.epoch, found.nonfinite) == (int(model.optimizer.iterations), 2, None)
+    report = offstep.verify(path)
+    assert report.ok
+    assert report.unchecked == ()
+    assert report.checked_bytes > 0.9 * (tmp_path / f"stock.{suffix}").stat().st_size
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x89HDF") + 2000] ^= 1
+    path.write_bytes(content)
+    [problem] = offstep.verify(path).problems
+    assert problem.where == "model.weights.h5"
+
+
 @pytest.mark.parametrize("suffix", KINDS)
 def test_a_file_of_stock_keras_has_no_manifest(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"

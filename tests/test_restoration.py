@@ -530,6 +530,21 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path: Path) -> None:
         offstep.restore(model, path)
 
 
+def test_a_flipped_bit_in_a_weights_file_of_ours_is_found_before_anything_changes(tmp_path: Path) -> None:
+    model = make_model()
+    path = tmp_path / "m.weights.h5"
+    fit(model, [ModelCheckpoint(path, save_weights_only=True)], epochs=1)
+    assert offstep.restore(make_model(), path).step == 7
+    content = path.read_bytes()
+    kernel = np.asarray(model.get_layer("first").kernel).tobytes()
+    flip_bit(path, content.index(kernel) + 5)
+    other = make_model()
+    before = read_state(other)
+    with pytest.raises(CheckpointDamaged, match=r"model.weights.h5: expected CRC-32C .*; restore another checkpoint"):
+        offstep.restore(other, path)
+    assert_same(read_state(other), before)
+
+
 def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UnsupportedFormat, match=r"notes.txt is no checkpoint: expected a directory"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from offstep import catalog, manifest
 from offstep._native import crc32c
 from offstep.errors import CheckpointNotFound
+from offstep.formats import file_manifest
 from offstep.formats.database_check import check_database
 from offstep.manifest import FileRecord, Json, Manifest
 from offstep.records import Problem
@@ -244,19 +245,40 @@ def _expected_leaves(item: Path, prefix: str, findings: _Findings) -> list[str]:
 
 
 def _verify_file(path: Path) -> VerifyReport:
-    """Checks a ZIP archive, such as a `.keras` file; an HDF5 file has no checksums."""
-    if not zipfile.is_zipfile(path):
-        if path.name.endswith(".keras"):
-            return VerifyReport(path, (Problem(path.name, "a ZIP archive", "something else"),))
-        return VerifyReport(path, unchecked=(path.name,))
+    """Checks an HDF5 file by our manifest, a ZIP archive by the checksums that it has itself."""
     findings = _Findings()
+    written: Manifest | None = None
+    try:
+        written = file_manifest.read(path)
+    except (ValueError, zipfile.BadZipFile) as error:
+        findings.problems.append(Problem(path.name, "a whole manifest", str(error)))
+    if zipfile.is_zipfile(path):
+        _check_archive(path, findings)
+    elif path.name.endswith(".keras"):
+        findings.problems.append(Problem(path.name, "a ZIP archive", "something else"))
+    elif written is not None and file_manifest.covers(written.files):
+        _check_covered(path, written, findings)
+    elif not findings.problems:
+        findings.unchecked.append(path.name)
+    return findings.report(path)
+
+
+def _check_covered(path: Path, written: Manifest, findings: _Findings) -> None:
+    problem = file_manifest.check(path, written.files)
+    if problem is not None:
+        findings.problems.append(problem)
+        return
+    findings.files += 1
+    findings.checked_bytes += sum(record.size for record in written.files.values())
+
+
+def _check_archive(path: Path, findings: _Findings) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 _check_member(archive, member, findings)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         findings.problems.append(Problem(path.name, "a ZIP archive", str(error)))
-    return findings.report(path)
 
 
 def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, findings: _Findings) -> None:

@@ -1,7 +1,7 @@
 """Where the manifest of a Keras file is: behind what stock readers look at.
 
-    .weights.h5 = HDF5 file  manifest  length (8 bytes, little-endian)  mark       HDF5 knows its own end
-    .keras      = ZIP archive, with the manifest as its comment
+    .weights.h5, .h5 = HDF5 file  manifest  length (8 bytes, little-endian)  mark       HDF5 knows its own end
+    .keras           = ZIP archive, with the manifest as its comment
 
 A further member of the archive would make stock `load_model` unpack all of them to the disk, in search of assets.
 """
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from offstep import manifest
+from offstep._native import crc32c
 from offstep.manifest import FileRecord, Manifest
-from offstep.records import Job
+from offstep.records import Job, Problem
 
+_BLOCK_BYTES = 8 << 20
 _FOOTER = struct.Struct("<Q8s")
 _MARK = b"offstep\x01"
 _MOST_COMMENT_BYTES = 65_535
@@ -69,3 +72,27 @@ def _read_trailer(path: Path) -> bytes:
             return b""
         file.seek(size - _FOOTER.size - length)
         return file.read(length)
+
+
+def covers(files: Mapping[str, FileRecord]) -> bool:
+    """Returns whether the records of a manifest have a checksum of the HDF5 file that it follows."""
+    return len(files) == 1 and all(record.crc32c is not None for record in files.values())
+
+
+def check(path: Path, files: Mapping[str, FileRecord]) -> Problem | None:
+    """Compares an HDF5 file with what its manifest says of it; for one that is covered."""
+    [(name, record)] = files.items()
+    size, crc = _checksum(path, record.size)
+    if size != record.size:
+        return Problem(name, f"{record.size} bytes", f"{size} bytes")
+    return None if crc == record.crc32c else Problem(name, f"CRC-32C {record.crc32c:08x}", f"CRC-32C {crc:08x}")
+
+
+def _checksum(path: Path, size: int) -> tuple[int, int]:
+    """Returns how many of the first `size` bytes there are, and their CRC-32C."""
+    crc = done = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(min(_BLOCK_BYTES, size - done)):
+            crc = crc32c(block, crc)
+            done += len(block)
+    return done, crc

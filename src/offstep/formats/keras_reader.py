@@ -32,7 +32,7 @@ _BOMB_EXPANSION = 1000
 class KerasReader:
     """The datasets of one file; a `stored.Reader`. A leaf's path is that of its dataset.
 
-    The archive's CRC-32 covers its weights; a bare `.weights.h5` has no checksums.
+    The archive's CRC-32 covers its weights, our manifest a bare `.weights.h5`; one of stock Keras has no checksums.
 
     Args:
         path: The file.
@@ -65,7 +65,11 @@ class KerasReader:
     @property
     def is_checked_fast(self) -> bool:
         """Whether the file has a checksum; see `stored.Reader`."""
-        return self._archive is not None
+        return self._archive is not None or self._is_covered
+
+    @property
+    def _is_covered(self) -> bool:
+        return self._archive is None and file_manifest.covers(self.contents.manifest.get("files", {}))
 
     def read(
         self, regions: Sequence[Region], threads: int, into: Sequence[np.ndarray] | None = None
@@ -83,12 +87,16 @@ class KerasReader:
         return list(targets)
 
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
-        """Checks the archive's checksum; a `.weights.h5` has none, so that only its reading is tried."""
-        if self._archive is None:
+        """Checks the file's checksum; a `.weights.h5` of stock Keras has none, so that only its reading is tried."""
+        if self._archive is not None:
+            self._check_member()
+        elif self._is_covered:
+            problem = file_manifest.check(self.path, self.contents.manifest["files"])
+            if problem is not None:
+                raise CheckpointDamaged(f"{self.path} is damaged ({problem}); restore another checkpoint")
+        else:
             for leaf in leaves:
                 self.read([Region(leaf)], threads)
-            return
-        self._check_member()
 
     def close(self) -> None:
         """Closes the file."""
