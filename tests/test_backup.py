@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from failing_disk import Plan
 from interrupted import BATCHES, Interrupt, Interrupted, fit, let_go, make_model
 from runs import list_steps
 
-from offstep import BackupAndRestore, CheckpointNotFound, ModelCheckpoint, StructureMismatch
+from offstep import BackupAndRestore, CheckpointNotFound, ModelCheckpoint, StructureMismatch, disk, ownership
 
 pytestmark = [
     pytest.mark.usefixtures("programs_on_disk"),
@@ -65,6 +67,62 @@ def test_it_keeps_one_backup_or_two(tmp_path: Path, double_checkpoint: bool, kep
     backup = BackupAndRestore(tmp_path, double_checkpoint=double_checkpoint, delete_checkpoint=False)
     fit(make_model(), [backup], epochs=2)
     assert list_steps(tmp_path) == kept
+
+
+def test_a_better_backup_does_not_stay_beside_the_newest(tmp_path: Path) -> None:
+    worse = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(val_loss=float(epoch)))
+    fit(make_model(), [worse, BackupAndRestore(tmp_path, delete_checkpoint=False)], epochs=3)
+    assert list_steps(tmp_path) == [3 * BATCHES]
+
+
+def test_backups_are_deleted_before_another_run_may_have_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    was_free = []
+    monkeypatch.setattr(disk, "calls", Plan("rename", lambda: was_free.append(ownership.is_alone(tmp_path))).calls())
+    fit(make_model(), [BackupAndRestore(tmp_path)], epochs=1)
+    assert was_free == [False]
+    assert not tmp_path.exists()
+
+
+def test_backups_of_a_run_that_took_over_stay(tmp_path: Path) -> None:
+    def take_over() -> None:
+        code = f"""
+import jax.numpy as jnp, offstep
+with offstep.Checkpointer({str(tmp_path)!r}, takeover=True) as checkpointer:
+    checkpointer.save(1000, {{"w": jnp.ones(3)}})
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+    late = keras.callbacks.LambdaCallback(on_train_end=lambda logs: take_over())
+    with pytest.warns(RuntimeWarning, match="another run has taken .* over: the backups are its own now"):
+        fit(make_model(), [late, BackupAndRestore(tmp_path)], epochs=1)
+    assert 1000 in list_steps(tmp_path)
+
+
+def test_a_relative_directory_is_the_one_that_training_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    leave = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: monkeypatch.chdir(tmp_path / "elsewhere"))
+    backup = BackupAndRestore("backup", delete_checkpoint=False)
+    fit(make_model(), [backup, leave], epochs=1)
+    assert backup._weights_path == f"{tmp_path}/backup/{BATCHES}/pytree/manifest.ocdbt"
+    monkeypatch.chdir(tmp_path)
+    fit(make_model(), [BackupAndRestore("backup"), leave], epochs=2)
+    assert not (tmp_path / "backup").exists()
+
+
+def test_a_damaged_backup_is_deleted_at_the_end_too(tmp_path: Path) -> None:
+    fit(make_model(), [BackupAndRestore(tmp_path, delete_checkpoint=False)], epochs=1)
+    (tmp_path / f"{BATCHES}/pytree/_METADATA").write_bytes(b"")
+    shutil.copytree(tmp_path / str(BATCHES), tmp_path / "1")
+    (tmp_path / str(BATCHES)).rename(tmp_path / "2")
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000/notes.txt").write_text("mine")
+    fit(make_model(), [BackupAndRestore(tmp_path, save_freq=1)], epochs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["1000"]
 
 
 def test_without_a_frequency_it_only_restores(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from offstep import catalog, commit, policy
+from offstep import catalog, commit, ownership, policy
 from offstep.callbacks import ModelCheckpoint, has_own_hooks
 from offstep.options import Mode, OnBusy, OnError
 
@@ -66,10 +68,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         self.double_checkpoint = double_checkpoint
         self.delete_checkpoint = delete_checkpoint
         self.backup_dir = os.fspath(backup_dir)
+        self._directory = Path(self.backup_dir)  # fixed when training begins, whatever the working directory is later
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._saver = ModelCheckpoint(
             os.path.join(_escape(self.backup_dir), "{step}"),
+            monitor="",  # a backup is the newest, and no other stays beside it because it was better
+            mode="min",
             save_freq=save_freq or _NEVER,
             max_to_keep=2 if double_checkpoint else 1,
             slots=slots,
@@ -104,6 +109,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Reads the newest backup, if there is one."""
+        self._directory = Path(self.backup_dir).absolute()
         self._saver.on_train_begin(logs)
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -132,9 +138,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Waits until everything is durable; then deletes it, unless it shall be kept."""
-        self._saver.on_train_end(logs)
-        if self.delete_checkpoint:
-            _delete(Path(self.backup_dir))
+        with _locked(self._directory) as is_ours:
+            self._saver.on_train_end(logs)
+            if self.delete_checkpoint and is_ours():
+                _delete(self._directory)
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a resumed training has to know of this callback."""
@@ -165,8 +172,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def _find(self, age: int, file: str) -> str:
         self._saver.wait_until_finished()
-        steps = [0, 0, *catalog.list_steps(self.backup_dir)]
-        return os.path.join(self.backup_dir, str(steps[-1 - age]), file)
+        steps = [0, 0, *catalog.list_steps(self._directory)]
+        return os.path.join(self._directory, str(steps[-1 - age]), file)
 
 
 _NEVER = 1 << 62
@@ -187,9 +194,34 @@ def _escape(directory: str) -> str:
     return directory.replace("{", "{{").replace("}", "}}")
 
 
+@contextmanager
+def _locked(directory: Path) -> Iterator[Callable[[], bool]]:
+    """Keeps the directory for this process beyond the end of its saves; yields whether it still is ours."""
+    if not directory.is_dir():
+        yield lambda: False
+        return
+    lock = ownership.acquire(ownership.lock_path(directory))
+
+    def is_ours() -> bool:
+        if not ownership.is_taken_over(lock.path, lock.descriptor):
+            return True
+        text = f"another run has taken {directory} over: the backups are its own now, and stay"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return False
+
+    try:
+        yield is_ours
+    finally:
+        ownership.release(lock)
+
+
 def _delete(directory: Path) -> None:
-    """Deletes the backups, and the directory too if nothing else is in it."""
-    for step in catalog.list_steps(directory):
-        commit.remove_directory(directory / str(step))
-    if directory.is_dir() and not any(directory.iterdir()):
+    """Deletes the backups, damaged ones too, and the directory if nothing else is in it; it is locked."""
+    for path in (directory / str(step) for step in catalog.named_steps(directory)):
+        with suppress(FileExistsError):  # what is no checkpoint is somebody else's
+            commit.refuse_foreign(path)
+            if path.is_dir() and not path.is_symlink():
+                commit.remove_directory(path)
+    lock_path = ownership.lock_path(directory)
+    if all(entry == lock_path for entry in lock_path.parent.iterdir()):
         commit.remove_directory(directory)
