@@ -20,7 +20,7 @@ from command import offstep
 from runs import fit, make_model
 from slots import Arrays, save_arrays
 
-from offstep import ModelCheckpoint
+from offstep import ModelCheckpoint, ownership
 from offstep.manifest import build
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -383,6 +383,26 @@ def test_prune_takes_files_by_their_age(stock: Path, tmp_path: Path) -> None:
     run = offstep("prune", tmp_path, "--keep", "1", "--keep-every", "5")
     assert run.code == USAGE
     assert "--keep-every needs" in run.err
+
+
+@pytest.mark.parametrize("folder", [".", "best"])
+def test_prune_refuses_where_a_live_run_saves_unless_told_otherwise(folder: str, root: Path) -> None:
+    (root / folder).mkdir(exist_ok=True)
+    for path in list(root.iterdir()) if folder == "best" else []:
+        if path.name.isdecimal():
+            path.rename(root / "best" / path.name)
+    lock = ownership.acquire(ownership.lock_path(root / folder))
+    try:
+        run = offstep("prune", root, "--keep", "1")
+        assert run.code == REFUSED
+        assert f"a live run saves to {root / folder} (process {os.getpid()} on " in run.err
+        assert "Let it end, or pass --while-saving" in run.err
+        assert offstep("prune", root, "--keep", "1", "--dry-run").code == OK
+        assert len(list((root / folder).glob("[0-9]*"))) == 4
+        assert offstep("prune", root, "--keep", "1", "--while-saving").code == OK
+        assert len(list((root / folder).glob("[0-9]*"))) == 2
+    finally:
+        ownership.release(lock)
 
 
 @pytest.mark.parametrize("keep", ["0", "-1", "x"])

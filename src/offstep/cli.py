@@ -124,6 +124,7 @@ def _add_retention(add: Add) -> None:
         command.add_argument("--monitor", help="metric that tells the best (default: val_loss, loss or the first)")
         command.add_argument("--mode", choices=("auto", "min", "max"), default="auto")
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
+    command.add_argument("--while-saving", action="store_true", help="also where a live run saves")
 
 
 def _add_making(add: Add) -> None:

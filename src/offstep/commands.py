@@ -181,6 +181,8 @@ def prune(args: Namespace) -> Answer:
     expired = pruning.select_prunable(entries, _wishes(args))
     broken = [entry for entry in entries if not entry.is_whole]
     if not args.dry_run:
+        if not args.while_saving:
+            pruning.refuse_live(args.path, expired)
         for entry in expired:
             pruning.remove(entry)
     freed = sum(entry.size_bytes for entry in expired)

@@ -171,21 +171,27 @@ def is_alone(folder: Path, but: Path | None = None) -> bool:
 
     Where that cannot be known (the lock file is another user's, or there are no locks), somebody may.
     """
-    for path in folder.glob(f"{LOCK_NAME}*"):
-        if path == but:
-            continue
-        try:
-            descriptor = os.open(path, _OPEN_FLAGS & ~os.O_CREAT)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return False
-        try:
-            if not _flock(descriptor):
-                return False
-        finally:
-            os.close(descriptor)
-    return True
+    return all(path == but or _is_free(path) for path in folder.glob(f"{LOCK_NAME}*"))
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS & ~os.O_CREAT)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        return bool(_flock(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def refuse_in_use(folder: Path) -> None:
+    """Raises `TargetInUse` if a live run has a lock in `folder`, or may have one: see `is_alone`."""
+    for path in sorted(folder.glob(f"{LOCK_NAME}*")):
+        if not _is_free(path):
+            raise TargetInUse(errno.EBUSY, f"a live run saves to {folder} ({_describe_owner(path)})")
 
 
 def is_taken_over(path: Path, descriptor: int) -> bool:
@@ -304,11 +310,25 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
+def _spell(owner: dict[str, object]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since {owner.get('since', '?')}"
+
+
+def _describe_owner(path: Path) -> str:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    try:
+        return _spell(_read_owner(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def _describe(path: Path, owner: dict[str, object]) -> str:
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since {owner.get('since', '?')}"
     return (
-        f"another run saves to {path.parent} ({who}). Let it end, choose another path, or pass takeover=True, "
-        "which makes its later saves fail"
+        f"another run saves to {path.parent} ({_spell(owner)}). Let it end, choose another path, or pass "
+        "takeover=True, which makes its later saves fail"
     )
 
 

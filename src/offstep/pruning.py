@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from offstep import commit
+from offstep import commit, ownership
 from offstep.discovery import find_direction
+from offstep.errors import TargetInUse
 from offstep.listing import Entry
 from offstep.retention import Kept, select_expired
 
@@ -92,6 +94,16 @@ def select_prunable(entries: Sequence[Entry], wishes: Wishes) -> list[Entry]:
         mode=mode,
     )
     return [numbers[number] for number in expired]
+
+
+def refuse_live(directory: Path, entries: Sequence[Entry]) -> None:
+    """Raises `TargetInUse` if a live run saves to a directory, or to one of those below it that have the entries."""
+    for folder in sorted({directory, *(entry.path.parent for entry in entries)}):
+        try:
+            ownership.refuse_in_use(folder)
+        except TargetInUse as error:
+            text = f"{error.strerror}, and may count on what would go. Let it end, or pass --while-saving"
+            raise TargetInUse(error.errno, text) from None
 
 
 def remove(entry: Entry) -> None:
