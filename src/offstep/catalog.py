@@ -74,7 +74,10 @@ def replaced(root: os.PathLike[str] | str) -> dict[Path, Path]:
 
 
 class Census:
-    """The manifests of what is committed in directories of steps, read once for each checkpoint."""
+    """The manifests of what is committed in directories of steps, read once for each checkpoint.
+
+    The sizes of its files are compared each time: what damages a file does not tell the directory.
+    """
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[_Identity, Manifest]] = {}
@@ -91,7 +94,7 @@ class Census:
         identity = _identify(path)
         known = self._known.get(path)
         if known is not None and known[0] == identity:
-            return known[1]
+            return None if _find_missing(path, known[1]) else known[1]
         if identity is None or not is_committed(path):
             return None
         written = manifest.read(path) or Manifest(step)
@@ -130,8 +133,13 @@ def find_fault(checkpoint: Path) -> str | None:
         written = manifest.read(checkpoint)
     except ValueError as error:
         return f"{manifest.MANIFEST_NAME}: {error}"
-    files = {} if written is None else written.files
-    return next(filter(None, (_compare_size(checkpoint, name, record.size) for name, record in files.items())), None)
+    return None if written is None else _find_missing(checkpoint, written)
+
+
+def _find_missing(checkpoint: Path, written: Manifest) -> str | None:
+    """Says which file of a manifest is missing or has another size, if one does."""
+    faults = (_compare_size(checkpoint, name, record.size) for name, record in written.files.items())
+    return next(filter(None, faults), None)
 
 
 def _compare_size(checkpoint: Path, name: str, expected: int) -> str | None:
