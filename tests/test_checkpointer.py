@@ -36,6 +36,7 @@ from offstep.errors import (
     SaveFailed,
     SaveReplaced,
     SaveTimeout,
+    StructureMismatch,
     UnsupportedLeaf,
 )
 from offstep.manifest import FileRecord, Manifest, read
@@ -120,6 +121,61 @@ def test_a_tree_comes_back_as_orbax_would_have_restored_its_own(tmp_path: Path, 
     v1.save(tmp_path / "theirs", state)
     theirs = v1.load(tmp_path / "theirs")
     assert_same(ours, theirs)
+
+
+KINDS = {
+    "NumPy arrays and numbers": {"array": np.arange(6.0).reshape(2, 3), "int": 3, "float": 0.5, "bool": True},
+    "keys": {"key": jax.random.key(7), "w": jnp.ones(2)},
+    "dtypes": {name: jnp.ones(3, name) for name in ("bfloat16", "float8_e4m3fn", "uint8", "complex64", "bool")},
+}
+
+
+@pytest.mark.parametrize("state", KINDS.values(), ids=KINDS.keys())
+def test_leaves_of_each_kind_come_back_as_orbax_would_have_restored_its_own(tmp_path: Path, state: Any) -> None:
+    with Checkpointer(tmp_path / "ours") as checkpointer:
+        checkpointer.save(3, state)
+        checkpointer.wait()
+        ours = checkpointer.restore(3), checkpointer.restore(3, state)
+    v1.save(tmp_path / "theirs", state)
+    theirs = v1.load(tmp_path / "theirs"), v1.load(tmp_path / "theirs", state)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert list(map(describe, jax.tree.leaves(mine))) == list(map(describe, jax.tree.leaves(its)))
+
+
+def describe(leaf: Any) -> tuple[Any, ...]:
+    kind = jax.Array if isinstance(leaf, jax.Array) else type(leaf)
+    if kind is jax.Array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    host = np.asarray(leaf)
+    return kind, host.dtype, host.shape, host.tobytes(), getattr(leaf, "sharding", None)
+
+
+def test_a_step_that_does_not_fit_is_told_by_leaf(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree(2))
+        checkpointer.wait()
+        with pytest.raises(StructureMismatch, match=r"more: the checkpoint does not have it"):
+            checkpointer.restore(like=tree() | {"more": jnp.ones(1)})
+        with pytest.raises(StructureMismatch, match=r"b: the checkpoint has it, the target does not"):
+            checkpointer.restore(like={"w": tree()["w"]})
+        with pytest.raises(StructureMismatch, match=r"seed_generator_state, which the tree asks for"):
+            checkpointer.restore(like=tree() | {"seed_generator_state": jnp.ones(1)})
+        with pytest.raises(StructureMismatch, match=r"w: the checkpoint holds float32\[4, 3\], expected"):
+            checkpointer.restore(like=tree() | {"w": jnp.ones((3, 4))})
+        other = checkpointer.restore(like=jax.tree.map(lambda leaf: leaf.astype(jnp.float16), tree()))
+        assert_same(other, jax.tree.map(lambda leaf: leaf.astype(jnp.float16), tree(2)))
+
+
+def test_a_damaged_step_is_refused_before_it_is_used(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, tree())
+        checkpointer.wait()
+        [data] = (tmp_path / "1/pytree/d").iterdir()
+        content = bytearray(data.read_bytes())
+        content[3] ^= 1
+        data.write_bytes(content)
+        with pytest.raises(CheckpointDamaged, match="its checksum is wrong"):
+            checkpointer.restore()
 
 
 @all_trees
@@ -282,8 +338,8 @@ def test_a_damaged_step_is_neither_counted_nor_deleted(tmp_path: Path) -> None:
         for step in (1, 2):
             checkpointer.save(step, tree())
             checkpointer.wait()
-        (tmp_path / "2/pytree/_METADATA").unlink()
-        os.utime(tmp_path / "2")  # what damages a file does not tell its directory; the size is looked at once
+        metadata = tmp_path / "2/pytree/_METADATA"
+        metadata.write_bytes(metadata.read_bytes()[:-1])  # which neither directory tells
         checkpointer.save(3, tree())
         checkpointer.wait()
         assert checkpointer.all_steps() == [1, 3]

@@ -22,6 +22,7 @@ from offstep.pending import PendingSave
 from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
 from offstep.snapshot import describe_leaf
+from offstep.stored_tree import read_tree
 
 Tree = Any  # any pytree of arrays and numbers
 
@@ -190,7 +191,10 @@ class Checkpointer:
         return catalog.list_steps(self.directory)
 
     def restore(self, step: int | None = None, like: Tree | None = None) -> Tree:
-        """Reads a checkpoint back, through Orbax.
+        """Reads a checkpoint back, checking every checksum.
+
+        What `offstep.restore` does not know goes to Orbax: leaves of `like` that are no arrays, and, without `like`,
+        keys of random generators and arrays that were on several devices.
 
         Args:
             step: Which one; `None` takes the newest.
@@ -199,10 +203,10 @@ class Checkpointer:
 
         Raises:
             CheckpointNotFound: there is no such step.
+            CheckpointDamaged: a checksum or a file is wrong.
+            StructureMismatch: checkpoint and `like` do not agree.
         """
-        from orbax.checkpoint import v1 as ocp  # takes a second; only a restore needs it
-
-        return ocp.load(self.directory / str(self._find_step(step)), like, checkpointable_name="pytree")
+        return read_tree(self.directory / str(self._find_step(step)), like)
 
     def restore_extra(self, step: int | None = None) -> dict[str, Value]:
         """Reads what was given as `extra` when a checkpoint was saved; empty if nothing was.

@@ -55,9 +55,14 @@ def describe_destination(array: Array) -> Destination:
     if isinstance(array, np.ndarray):
         return Destination(array.shape, array.dtype.name, make=np.array)
     kind = type(array)
-    if not isinstance(array, (bool, int, float, complex, np.generic)):
+    if not can_describe(array):
         raise TypeError(f"no array: {kind.__name__}")
     return Destination((), np.asarray(array).dtype.name, make=lambda host: kind(host[()]))
+
+
+def can_describe(array: Array) -> bool:
+    """Returns whether `describe_destination` takes it."""
+    return isinstance(array, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, bool, int, float, complex, np.generic))
 
 
 @lru_cache  # both are slow, and thousands of leaves have a handful of dtypes

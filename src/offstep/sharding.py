@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,3 +38,25 @@ def _device_ids(devices: Any) -> Any:  # nested lists of devices
     if isinstance(devices, list):
         return [_device_ids(device) for device in devices]
     return {"id": devices.id}
+
+
+def read_sharding_texts(item: Path) -> dict[str, str]:
+    """Returns the texts that an item of a checkpoint has, by the name of the leaf; none where it has no file."""
+    try:
+        document = json.loads((item / "_sharding").read_bytes())
+        return {base64.urlsafe_b64decode(name).decode(): text for name, text in document.items()}
+    except (FileNotFoundError, AttributeError, ValueError):
+        return {}
+
+
+def parse_sharding(text: str) -> jax.sharding.Sharding | None:
+    """Returns the sharding on one device of this process that a text means; `None` for all others."""
+    try:
+        described = json.loads(text)
+        if described["sharding_type"] != "SingleDeviceSharding":
+            return None
+        name = described["device_str"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    device = next((device for device in jax.local_devices() if str(device) == name), None)
+    return None if device is None else jax.sharding.SingleDeviceSharding(device)

@@ -79,12 +79,14 @@ class Contents:
         leaves: In the order of the state where `is_ordered`, else sorted by name.
         is_ordered: Whether the order of the leaves says which is which when names differ.
         manifest: The fields of `manifest.Manifest` as the checkpoint has them; empty for checkpoints of others.
+        others: What the tree has beside arrays, with Orbax's name of its type: empty containers, mostly.
     """
 
     format: str
     leaves: tuple[StoredLeaf, ...]
     is_ordered: bool = False
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[tuple[tuple[PathKey, ...], str], ...] = ()
 
 
 class Reader(Protocol):

@@ -57,7 +57,7 @@ class OrbaxReader:
         written = read_manifest(checkpoint)
         metadata = _read_json(item / "_METADATA")
         try:
-            entries = _list_entries(metadata)
+            entries, others = _list_entries(metadata)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointDamaged(
                 f"{item / '_METADATA'} does not describe a tree ({type(error).__name__}: {error}); restore another "
@@ -66,7 +66,7 @@ class OrbaxReader:
         self._arrays: ImageReader | TensorStoreReader = _open_arrays(item, metadata, [name for name, _, _ in entries])
         self._names = {path: name for name, path, _ in entries}
         leaves = _make_leaves(entries, self._arrays.arrays, _read_prng_impls(item))
-        self.contents = Contents("orbax_directory", leaves, bool(written), written)
+        self.contents = Contents("orbax_directory", leaves, bool(written), written, tuple(others))
 
     @property
     def is_checked_fast(self) -> bool:
@@ -139,15 +139,19 @@ def _read_json(path: Path) -> dict[str, Any]:  # JSON
     return data
 
 
-def _list_entries(metadata: Mapping[str, Any]) -> list[_Entry]:  # JSON
-    """Returns the arrays in the order of the file: the names under which they are stored, paths, Orbax's types."""
-    entries = []
+def _list_entries(metadata: Mapping[str, Any]) -> tuple[list[_Entry], list[tuple[tuple[PathKey, ...], str]]]:  # JSON
+    """Returns the arrays in the order of the file (the names under which they are stored, paths, Orbax's types), and
+    paths and types of all else.
+    """
+    entries, others = [], []
     for entry in metadata["tree_metadata"].values():
         value = entry["value_metadata"]
+        path = tuple(_path_key(key) for key in entry["key_metadata"])
         if value["value_type"] in _ARRAY_TYPES and not value.get("skip_deserialize", False):
-            path = tuple(_path_key(key) for key in entry["key_metadata"])
             entries.append((".".join(map(str, path)), path, value["value_type"]))
-    return entries
+        else:
+            others.append((path, str(value["value_type"])))
+    return entries, others
 
 
 def _path_key(key: Mapping[str, Any]) -> PathKey:  # JSON
