@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offstep.errors import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from offstep.restoration import RestoreReport, read, restore
     from offstep.verification import VerifyReport, verify
 
-__version__ = "0.1.0"
+__version__ = (Path(__file__).parent / "VERSION").read_text().strip()  # meson.build reads the same file
 
 __all__ = [
     "BackupAndRestore",

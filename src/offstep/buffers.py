@@ -367,7 +367,7 @@ def affordable_slots(slot_bytes: int, count: int, budget_bytes: int | None) -> i
     Raises:
         BudgetExceeded: not even one.
     """
-    budget = _available_bytes() * _BUDGET_FRACTION if budget_bytes is None else budget_bytes
+    budget = available_bytes() * _BUDGET_FRACTION if budget_bytes is None else budget_bytes
     affordable = min(count, int(budget // slot_bytes))
     if affordable < 1:
         raise BudgetExceeded(
@@ -377,7 +377,8 @@ def affordable_slots(slot_bytes: int, count: int, budget_bytes: int | None) -> i
     return affordable
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Returns how much host memory can be had now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

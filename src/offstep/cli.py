@@ -14,6 +14,7 @@ from typing import Any
 
 import offstep
 from offstep import commands
+from offstep.bench import bench
 from offstep.commands import Answer
 from offstep.errors import (
     CheckpointDamaged,
@@ -151,6 +152,17 @@ def _add_making(add: Add) -> None:
 def _add_measuring(add: Add) -> None:
     command = add("doctor", commands.doctor, "Measures what saving could cost on this machine and in DIR.")
     command.add_argument("path", type=Path, metavar="DIR", nargs="?", default=Path(), help="default: here")
+    command = add("bench", bench, "Trains with offstep and with Keras's callbacks, and says what saving costs each.")
+    command.add_argument("path", type=Path, metavar="DIR", nargs="?", default=Path(), help="default: here")
+    command.add_argument("--state", default="500MB", metavar="SIZE", help="weights and optimizer (default: 500MB)")
+    command.add_argument("--leaves", type=int, default=400, metavar="N", help="arrays in it (default: 400)")
+    command.add_argument("--step", default="120ms", metavar="TIME", help="of a training step (default: 120ms)")
+    command.add_argument(
+        "--every", type=int, nargs="+", default=[1, 5, 20], metavar="N", help="batches from save to save (1 5 20)"
+    )
+    command.add_argument("--saves", type=int, default=3, metavar="N", help="saves timed at each of these (default: 3)")
+    command.add_argument("--budget", default="1%", metavar="SHARE", help="overhead that is fine (default: 1%%)")
+    command.add_argument("--mtbf", metavar="TIME", help="mean time between failures, 24h say: how often is best then")
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:
