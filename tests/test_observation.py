@@ -13,10 +13,11 @@ from typing import Any
 import keras
 import pytest
 from jax import monitoring
-from runs import fit, make_model
+from runs import BATCHES, fit, make_data, make_model
 
 from offstep import ModelCheckpoint, SaveStats
-from offstep.observation import DURABLE_EVENT, STALL_EVENT
+from offstep.event_log import EventLog
+from offstep.observation import DURABLE_EVENT, STALL_EVENT, WRITE_EVENT
 
 
 @contextmanager
@@ -59,12 +60,59 @@ def test_each_save_is_logged_told_and_monitored(tmp_path: Path, capsys: pytest.C
     assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2]
     assert (events[0]["event"], events[-1]["event"]) == ("begin", "end")
     assert all(event["stall_seconds"] > 0 for event in events if event["event"] in ("snapshot", "epoch"))
+    assert len({event["run"] for event in events}) == 1
     ours = [name for name in durations if name.startswith("/offstep/")]
-    assert (ours.count(STALL_EVENT), ours.count(DURABLE_EVENT)) == (2, 2)
+    assert [ours.count(name) for name in (STALL_EVENT, WRITE_EVENT, DURABLE_EVENT)] == [2, 2, 2]
     out = capsys.readouterr().out
     assert out.count("finished saving model to") == 2
     assert "offstep: step 14 durable after " in out
     assert "offstep_stall_ms" in csv.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("others", [[], [keras.callbacks.TerminateOnNaN()]], ids=["asynchronous", "synchronous"])
+def test_every_batch_is_in_the_log(others: list[Any], tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    callback = ModelCheckpoint(tmp_path / "{step}", save_freq=3, event_log=log, in_process=True)
+    fit(make_model(run_eagerly=True), [*others, callback], epochs=2, validation_data=make_data())
+    events = read_events(log)
+    batches = [event for event in events if event["event"] == "batches"]
+    assert sum(event["count"] for event in batches) == 2 * BATCHES
+    assert batches[-1]["step"] == 2 * BATCHES
+    assert sum(event["count"] for event in batches if event["is_warm_up"]) == 2
+    assert all(event["seconds"] >= event["max_seconds"] >= event["median_seconds"] > 0 for event in batches)
+    [*before, last] = [(event["began"], event["time"]) for event in batches]
+    assert all(began <= ended for began, ended in [*before, last])
+    stall = sum(event["stall_seconds"] for event in events if event["event"] == "snapshot")
+    assert stall == pytest.approx(sum(stats.stall_seconds for stats in callback.stats), abs=1e-4)
+
+
+def test_the_log_says_what_went_for_each_save(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    fit(make_model(), [ModelCheckpoint(tmp_path / "c/{step}", max_to_keep=1, event_log=log)], epochs=3)
+    durable = [event for event in read_events(log) if event["event"] == "durable"]
+    assert [event["retired"] for event in durable] == [[], [f"{tmp_path}/c/7"], [f"{tmp_path}/c/14"]]
+    assert [event["save"] for event in durable] == [1, 2, 3]
+    assert all(0 < event["write_seconds"] <= event["durable_seconds"] for event in durable)
+    assert all(event["retire_seconds"] > 0 for event in durable[1:])
+
+
+@pytest.mark.filterwarnings("ignore:A save was skipped:UserWarning")
+def test_a_save_that_is_skipped_is_logged(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    callback = ModelCheckpoint(tmp_path / "c/{step}", save_freq=1, slots=1, on_busy="skip", event_log=log)
+    fit(make_model(), [callback], epochs=6)
+    skipped = [event["step"] for event in read_events(log) if event["event"] == "skipped"]
+    assert skipped == [stats.step for stats in callback.stats if stats.skipped]
+    assert skipped
+
+
+def test_a_run_begins_a_new_line_after_one_that_was_killed(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    log.write_text('{"event": "beg')
+    EventLog(log).add("begin", run="a")
+    EventLog(log).add("end", run="a")
+    assert log.read_text().splitlines()[0] == '{"event": "beg'
+    assert [json.loads(line)["event"] for line in log.read_text().splitlines()[1:]] == ["begin", "end"]
 
 
 def test_nothing_is_added_unasked(tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             return
         self._catch_up("train_batch_begin")
         self._dispatch.begin_batch(batch + self._steps_per_execution - 1, keras_state.last_step_id(self._model))
+        self._observer.begin_batch()
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Saves if due; on a thread of Keras's pool it only notes the logs."""
@@ -419,6 +420,7 @@ class ModelCheckpoint(DecidingCheckpoint):
                 self._correct_steps()
                 logs = self._dispatch.wait_for_logs(batch)
             self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+        self._observer.end_batch(self._steps.current)
         self._obey_preemption(None if is_due else batch)
 
     # ---------------------------------------------------------------------------------------------- preemption
@@ -510,6 +512,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         )
         if pending is None:
             self.best = best  # the next one has to beat what is on the disk
+            self._observer.skip(self._steps.current, filepath)
             return
         self._tell_if_step_stays(pending)
         self._destination.remember(pending)

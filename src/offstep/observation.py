@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import secrets
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,23 @@ from typing import Any
 
 from jax import monitoring
 
+from offstep.batch_times import BatchTimes, Summary
+from offstep.event_log import VERSION, EventLog
 from offstep.pending import PendingSave
 from offstep.records import SaveStats
 
 OnDurable = Callable[[SaveStats], object]
 
 STALL_EVENT = "/offstep/save/stall_secs"
+WRITE_EVENT = "/offstep/save/write_secs"
 DURABLE_EVENT = "/offstep/save/durable_secs"
 """Names of the durations that `jax.monitoring` gets, once for each save."""
+
+FAILED_EVENT = "/offstep/save/failed"
+SKIPPED_EVENT = "/offstep/save/skipped"
+"""Names of its events."""
+
+_DIGITS = 6  # of seconds: microseconds
 
 
 class Observer:
@@ -36,80 +44,129 @@ class Observer:
             raise ValueError(f"on_durable must be a function of the stats of a save. Received: {on_durable!r}")
         self._path = None if event_log is None else Path(event_log).absolute()
         self._on_durable = on_durable
-        self._in_flight: deque[PendingSave] = deque()
+        self._log = None if self._path is None else EventLog(self._path)
+        self._run = ""
+        self._saves = 0
+        self._batches = BatchTimes()
+        self._step = 0  # after the last batch
+        self._in_flight: deque[tuple[int, PendingSave]] = deque()  # with their numbers in the log
         self._stall_seconds = 0.0  # since the last epoch ended
+        self._stall_in_batch_seconds = 0.0
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self._path, self._on_durable)  # a copy of a callback follows its own saves
 
     def begin(self, **about: Any) -> None:  # JSON
         """Notes that a run begins."""
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._log("begin", pid=os.getpid(), **about)
+        self._run, self._saves = secrets.token_hex(4), 0
+        self._batches = BatchTimes()
+        self._add("begin", version=VERSION, pid=os.getpid(), **about)
+
+    def begin_batch(self) -> None:
+        """Notes that a batch begins."""
+        if self._log is not None:
+            self._stall_in_batch_seconds = 0.0
+            self._add_batches(self._batches.begin(is_writing=bool(self._in_flight)))
+
+    def end_batch(self, step: int) -> None:
+        """Notes that the batch has ended and that what was due after it is saved."""
+        if self._log is not None:
+            self._step = step
+            self._batches.end(self._stall_in_batch_seconds)
 
     def follow(self, pending: PendingSave) -> None:
-        """Notes a snapshot that has been taken."""
+        """Notes a snapshot that has just been taken."""
         stats = pending.stats
         self._stall_seconds += stats.stall_seconds
+        self._stall_in_batch_seconds += stats.stall_seconds
         monitoring.record_event_duration_secs(STALL_EVENT, stats.stall_seconds)
-        self._in_flight.append(pending)
-        self._log(
+        self._saves += 1
+        self._in_flight.append((self._saves, pending))
+        self._add(
             "snapshot",
+            save=self._saves,
             step=stats.step,
             path=stats.path,
             state_bytes=stats.state_bytes,
+            began=time.time() - stats.call_seconds,
             stall_seconds=stats.stall_seconds,
             wait_seconds=stats.wait_seconds,
             compute_seconds=stats.compute_seconds,
         )
 
+    def skip(self, step: int, path: str) -> None:
+        """Notes a save for which no slot was free."""
+        monitoring.record_event(SKIPPED_EVENT)
+        self._add("skipped", save=None, step=step, path=path)
+
     def settle(self) -> None:
         """Tells of the saves that have become durable or failed since the last call, in the order of the saves."""
-        while self._in_flight and self._in_flight[0].done():
-            stats = self._in_flight.popleft().stats
+        while self._in_flight and self._in_flight[0][1].done():
+            number, pending = self._in_flight.popleft()
+            stats = pending.stats
             if stats.skipped:
-                self._log("skipped", step=stats.step, path=stats.path)
+                monitoring.record_event(SKIPPED_EVENT)
+                self._add("skipped", save=number, step=stats.step, path=stats.path)
             elif stats.durable_seconds is None:
-                self._log("failed", step=stats.step, path=stats.path, error=stats.error)
+                monitoring.record_event(FAILED_EVENT)
+                self._add("failed", save=number, step=stats.step, path=stats.path, error=stats.error)
             else:
-                self._tell_durable(stats, stats.durable_seconds)
+                self._tell_durable(number, stats, stats.durable_seconds)
 
     def end_epoch(self, epoch: int) -> float:
         """Notes the end of an epoch, counted from 1; returns for how many milliseconds saves have stalled in it."""
         stall_ms, self._stall_seconds = self._stall_seconds * 1e3, 0.0
-        self._log("epoch", epoch=epoch, stall_seconds=stall_ms / 1e3)
+        self._add_batches(self._batches.take())
+        self._add("epoch", epoch=epoch, stall_seconds=stall_ms / 1e3)
         return stall_ms
 
     def end(self) -> None:
         """Notes that the run has ended."""
         self.settle()
-        self._log("end")
+        self._add_batches(self._batches.take())
+        self._add("end")
+        if self._log is not None:
+            self._log.close()
 
-    def _tell_durable(self, stats: SaveStats, seconds: float) -> None:
+    def _tell_durable(self, number: int, stats: SaveStats, seconds: float) -> None:
         monitoring.record_event_duration_secs(DURABLE_EVENT, seconds)
-        self._log(
+        monitoring.record_event_duration_secs(WRITE_EVENT, stats.write_seconds or 0.0)
+        self._add(
             "durable",
+            save=number,
             step=stats.step,
             path=stats.path,
             durable_seconds=seconds,
+            write_seconds=stats.write_seconds,
             cpu_seconds=stats.cpu_seconds,
             written_bytes=stats.written_bytes,
+            retired=stats.retired,
+            retire_seconds=stats.retire_seconds,
         )
         if self._on_durable is not None:
             self._on_durable(stats)
 
-    def _log(self, event: str, **about: Any) -> None:  # JSON
-        if self._path is None:
-            return
-        line = json.dumps({"event": event, "time": time.time()} | about) + "\n"
-        try:
-            with self._path.open("a") as file:
-                file.write(line)
-        except OSError as error:
-            # A log is not worth a training; that it ends here is said.
-            warnings.warn(f"{self._path}: no more events are logged: {error}", RuntimeWarning, stacklevel=3)
-            self._path = None
+    def _add_batches(self, summary: Summary | None) -> None:
+        if summary is not None:
+            self._add(
+                "batches",
+                began=time.time() - (time.monotonic() - summary.began),
+                step=self._step,
+                count=summary.count,
+                seconds=summary.seconds,
+                median_seconds=summary.median_seconds,
+                max_seconds=summary.max_seconds,
+                is_writing=summary.is_writing,
+                is_warm_up=summary.is_warm_up,
+            )
+
+    def _add(self, event: str, **about: Any) -> None:  # JSON
+        if self._log is not None:
+            self._log.add(event, run=self._run, **{name: _shorten(value) for name, value in about.items()})
+
+
+def _shorten(value: Any) -> Any:  # JSON
+    return round(value, _DIGITS) if isinstance(value, float) else value
 
 
 def describe_costs(stats: SaveStats) -> str:

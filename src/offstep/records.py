@@ -214,6 +214,10 @@ class SaveStats:
         written_bytes: Bytes of all files that were written for it, and not just linked; `None` while pending or failed.
         error: Message of the failure, else `None`.
         skipped: Whether it was skipped or replaced by a newer one, because all slots were on their way.
+        write_seconds: The part of `durable_seconds` that the writer spent on it; what is left of it after the call, the
+            save has waited for its turn or been brought from a device. `None` while pending or failed.
+        retired: Paths of the older checkpoints that went once it was durable.
+        retire_seconds: How long that took, after `durable_seconds`.
     """
 
     step: int
@@ -227,6 +231,9 @@ class SaveStats:
     error: str | None = None
     compute_seconds: float = 0.0
     skipped: bool = False
+    write_seconds: float | None = None
+    retired: tuple[str, ...] = ()
+    retire_seconds: float = 0.0
 
     @property
     def stall_seconds(self) -> float:

@@ -15,6 +15,7 @@ from offstep.records import SaveStats
 Outcome = dict[str, Any]  # JSON: what the writer says of a job
 
 _KEPT_STATS = 100_000
+_COSTS = ("cpu_seconds", "written_bytes", "write_seconds", "retire_seconds")
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Reports:
             failure = _failure(pending, outcome)
             self._failures.append(failure)
             return failure
-        costs = {name: outcome[name] for name in ("cpu_seconds", "written_bytes")}
+        costs = {name: outcome[name] for name in _COSTS} | {"retired": tuple(outcome["retired"])}
         pending.change(durable_seconds=outcome["durable_at"] - started, **costs)
         self.counts.durable += 1
         if self._newest is None or pending.step >= self._newest.step:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def _prepare(data: dict[str, Any]) -> Any:
 
 
 def _save(job: Job, holdings: _Holdings) -> Message:
-    cpu_start = time.process_time()
+    cpu_start, started = time.process_time(), time.monotonic()
     remarks: list[str] = []
     try:
         _check_lock(job, holdings)
@@ -170,18 +170,22 @@ def _save(job: Job, holdings: _Holdings) -> Message:
         return {"job": job.number, "error": text, "errno": code}
     if remark is not None:
         remarks.append(f"step {job.step} is durable, but {remark}")
+    durable_at = time.monotonic()
+    retired: list[str] = []
     answer: Message = {
         "job": job.number,
-        "durable_at": time.monotonic(),
+        "durable_at": durable_at,
         "cpu_seconds": time.process_time() - cpu_start,
+        "write_seconds": durable_at - started,
         "written_bytes": written_bytes,
         "remarks": remarks,
+        "retired": retired,
     }
     try:
-        _retire(job, holdings.census)
+        retired.extend(map(str, _retire(job, holdings.census)))  # what went before an error is in it too
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
-    return answer
+    return answer | {"retire_seconds": time.monotonic() - durable_at}
 
 
 def _check_lock(job: Job, holdings: _Holdings) -> None:
@@ -216,9 +220,10 @@ def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, m
     return FORMATS[job.format].write(job, prepared, slot, attachments)
 
 
-def _retire(job: Job, census: catalog.Census) -> None:
+def _retire(job: Job, census: catalog.Census) -> Iterator[Path]:
+    """Removes what may go, and yields each of it once it is gone."""
     if FORMATS[job.format].is_file:
-        _retire_files(job)
+        yield from _retire_files(job)
         return
     if job.keep is None and not job.replace_all:
         return
@@ -237,6 +242,7 @@ def _retire(job: Job, census: catalog.Census) -> None:
         mode=ranking.mode,
     ):
         commit.remove_directory(root / str(step))
+        yield root / str(step)
 
 
 def _describe(written: Manifest, monitor: str | None) -> Kept:
@@ -244,12 +250,13 @@ def _describe(written: Manifest, monitor: str | None) -> Kept:
     return Kept(written.step, metric, finite=not written.nonfinite)
 
 
-def _retire_files(job: Job) -> None:
+def _retire_files(job: Job) -> Iterator[Path]:
     if job.keep is None:
         return
     written = [path for path in map(Path, job.siblings) if path.is_file()]  # what failed does not count
     for path in written[: max(0, len(written) + 1 - job.keep)]:
         commit.remove_file(path)
+        yield path
 
 
 def main() -> None:
