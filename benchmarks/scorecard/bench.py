@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,9 +44,11 @@ class Bench:
 
     Args:
         directory: Where checkpoints go.
+        sabotage: What our writer does not do, from `writer_entry.SABOTAGE`, to see the scorecard notice.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, sabotage: Sequence[str] = ()) -> None:
+        self.sabotage = list(sabotage)
         self.root = directory / f"scorecard-{os.getpid()}"
         self.random = Random(0)
         self._count = 0
@@ -99,10 +101,13 @@ class Bench:
             spec: More fields of `trainee.Spec`.
         """
         shape = shape or Shape()
+        spec = {"keep": peer.keep, "file": peer.file} | spec
         spec |= {"peer": peer.name, "directory": str(directory), "shape": asdict(shape)}
+        if self.sabotage and peer.is_ours:
+            spec["writer"] = (spec.get("writer") or {}) | {"sabotage": self.sabotage}
         process = self.bear("trainee", spec, wrapper=wrapper)
         self._processes.append(process)
-        return Trainee(process, peer, shape, directory)
+        return Trainee(process, replace(peer, keep=spec["keep"]), shape, directory)
 
     def bear(self, module: str, arguments: dict[str, Any], *, wrapper: Sequence[str] = ()) -> Process:
         """Starts `main(arguments)` of a module of the scorecard in a process of its own."""
@@ -124,11 +129,13 @@ class Bench:
         os.close(out_theirs)
         return Process(in_ours, out_ours, log, launcher)
 
-    def find(self, peer: Peer, directory: Path, shape: Shape | None = None) -> list[Found]:
+    def find(
+        self, peer: Peer, directory: Path, shape: Shape | None = None, *, only_newest: bool = False
+    ) -> list[Found]:
         """Has stock readers read what is there, in a process that knows no offstep."""
         if peer.name not in self._verifiers:
             self._verifiers[peer.name] = Verifier(self.bear("verifier", {}))
-        return self._verifiers[peer.name].look(peer, directory, shape or Shape())
+        return self._verifiers[peer.name].look(peer, directory, shape or Shape(), only_newest=only_newest)
 
     def rest(self, seed: str = "") -> None:
         """Lets the verifiers go, so that the next ones are fresh, and begins another random sequence."""
@@ -169,7 +176,7 @@ class Bench:
         """Judges a trainee that has ended by what can be restored; `options` are those of `oracle.judge`."""
         found = self.find(trainee.peer, trainee.directory, trainee.shape)
         options = {"errors": trainee.errors} | options
-        return judge(trainee.peer, trainee.shape, trainee.claims, found, **options)
+        return judge(trainee.shape, trainee.peer.keep, trainee.claims, found, **options)
 
 
 def kill(*pids: int) -> None:
@@ -328,8 +335,15 @@ class Verifier:
         self._process = process
         self.pid = process.pid
 
-    def look(self, peer: Peer, directory: Path, shape: Shape) -> list[Found]:
-        question = {"reader": peer.reader, "directory": str(directory), "file": peer.file, "shape": asdict(shape)}
+    def look(self, peer: Peer, directory: Path, shape: Shape, *, only_newest: bool = False) -> list[Found]:
+        question = {
+            "reader": peer.reader,
+            "directory": str(directory),
+            "file": peer.file,
+            "suffix": peer.suffix,
+            "shape": asdict(shape),
+            "only_newest": only_newest,
+        }
         self._process.write(json.dumps(question) + "\n")
         return [Found(**each) for each in json.loads(self._process.read_line())]
 

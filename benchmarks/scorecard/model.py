@@ -6,6 +6,8 @@ is exactly -n times its input. Whoever reads a checkpoint knows what must be in 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,11 +89,13 @@ def make_model(shape: Shape) -> Any:  # Keras carries no types
     return model
 
 
-def make_batches(shape: Shape) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-    """Yields the one batch for ever."""
-    batch = tuple(make_inputs(shape)), np.full((1, 1), _UNREACHABLE, np.float32)
-    while True:
-        yield batch
+def make_batches(shape: Shape, nan_from: int | None = None) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+    """Yields the one batch for ever; from the given one on it makes all weights NaN."""
+    inputs, target = tuple(make_inputs(shape)), np.full((1, 1), _UNREACHABLE, np.float32)
+    for number in itertools.count(1):
+        if number == nan_from:
+            inputs = tuple(row * math.nan for row in inputs)
+        yield inputs, target
 
 
 def read_weights(model: Any) -> Weights:  # Keras carries no types

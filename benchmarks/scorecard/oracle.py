@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model import Shape
-from peers import Peer
 from verdict import Verdict
 
 _TELLING = re.compile(
@@ -52,8 +51,8 @@ class Found:
 
 
 def judge(
-    peer: Peer,
     shape: Shape,
+    keep: int,
     claims: Claims,
     found: list[Found],
     *,
@@ -64,8 +63,8 @@ def judge(
     """Judges one trial.
 
     Args:
-        peer: Who saved; `keep` newer checkpoints retire an older one.
         shape: Of the model.
+        keep: So many newer checkpoints retire an older one.
         claims: What was reported.
         found: What could be restored.
         wants_submitted: Also what had been submitted must be there, or somebody must have been told that it is not.
@@ -74,8 +73,8 @@ def judge(
     """
     equal = {each.step for each in found if each.state == "equal"}
     wrong = [each for each in found if each.state == "wrong"]
-    lost = _select_missing(claims.durable, equal, peer.keep)
-    dropped = [step for step in _select_missing(claims.submitted, equal, peer.keep) if step not in lost]
+    lost = _select_missing(claims.durable, equal, keep)
+    dropped = [step for step in _select_missing(claims.submitted, equal, keep) if step not in lost]
     is_told = bool(_TELLING.search(errors))
     return Verdict(
         lost_bytes=len(lost) * shape.state_bytes,

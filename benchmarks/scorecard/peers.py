@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Reader = Literal["keras_directory", "tree_directory", "manager", "keras", "weights"]
@@ -30,6 +30,15 @@ class Peer:
     is_ours: bool = False
     in_fit: bool = True
 
+    @property
+    def suffix(self) -> str:
+        """Of each file; empty for directories."""
+        return {"keras": ".keras", "weights": ".weights.h5"}.get(self.reader, "")
+
+    def with_each_step(self) -> Peer:
+        """Returns this peer with a file of its own for each step."""
+        return replace(self, file=None, keep=2)
+
 
 _ALL = (
     Peer("offstep", "offstep, directories", "keras_directory", is_ours=True),
@@ -44,3 +53,5 @@ _ALL = (
 PEERS = {peer.name: peer for peer in _ALL}
 OURS = tuple(peer.name for peer in _ALL if peer.is_ours)
 ALL = tuple(PEERS)
+CALLBACKS = tuple(peer.name for peer in _ALL if peer.in_fit)
+DIRECTORIES = tuple(peer.name for peer in _ALL if peer.file is None)

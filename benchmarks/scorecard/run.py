@@ -41,15 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--quick", action="store_true", help="as few trials as show that everything works")
     parser.add_argument("--trials", type=int, help="of each scenario and peer, rather than its own number")
+    parser.add_argument("--sabotage", nargs="+", default=[], help="what our writer shall not do; it goes red then")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIRECTORY, help="where checkpoints go (%(default)s)")
     parser.add_argument("--results", type=Path, help="where results go (benchmarks/results; with --quick, DIR)")
     options = parser.parse_args(arguments)
     options.dir.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    with Bench(options.dir) as bench:
+    with Bench(options.dir, options.sabotage) as bench:
         results = [run_scenario(bench, scenarios[name], options, lines) for name in options.scenarios]
-    folder = options.results or (options.dir if options.quick else RESULTS)
+    folder = options.results or (options.dir if options.quick or options.sabotage else RESULTS)
     print(f"everything: {write(folder, results, lines, options)}")
     return int(
         any(PEERS[name].is_ours and not is_clean for each in results for name, is_clean in each["clean"].items())
@@ -88,7 +89,13 @@ def write(
     """Keeps the results as JSON and the lines as text; an earlier result is never replaced."""
     machine = describe_machine(options.dir)
     path = free_path(folder, f"{machine['name']}-scorecard")
-    data = {"machine": machine, "seed": options.seed, "quick": options.quick, "scenarios": results}
+    data = {
+        "machine": machine,
+        "seed": options.seed,
+        "quick": options.quick,
+        "sabotage": options.sabotage,
+        "scenarios": results,
+    }
     path.write_text(json.dumps(data, indent=1))
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     return path

@@ -11,10 +11,12 @@ as reported. What "reported durable" means for a peer:
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,17 @@ class Spec:
         epochs: Of a `fit`; a loop just makes as many batches.
         batches: Of an epoch.
         save_every: Batches from save to save; 0 saves after each epoch.
-        keep: How many checkpoints stay; `None` is the peer's own number.
+        keep: How many checkpoints stay.
+        file: The one file that is replaced; `None` where each step has a name of its own.
+        template: A path in the place of that, below the directory.
         first_step: What the optimizer has counted before.
         delay_seconds: How much longer each batch takes.
         options: More arguments of the saver.
         acts: What happens at which batch, before it is trained: `{"batch": int, "call": "module:function", ...}`; the
             function is given the `Trainee` and what else is there.
         edit_logs: `"module:function"` that changes the logs of an epoch before the saver sees them.
+        nan_from: The batch from which on the weights are NaN.
+        closes: Whether a loop closes its saver at the end.
         writer: What the writer process shall suffer; see `writer_entry`.
     """
 
@@ -53,13 +59,21 @@ class Spec:
     epochs: int = 1
     batches: int = 60
     save_every: int = 5
-    keep: int | None = None
+    keep: int = 2
+    file: str | None = None
+    template: str | None = None
     first_step: int = 0
     delay_seconds: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)  # JSON
     acts: list[dict[str, Any]] = field(default_factory=list)  # JSON
     edit_logs: str | None = None
+    nan_from: int | None = None
+    closes: bool = True
     writer: dict[str, Any] | None = None  # JSON
+
+
+class Stop(Exception):
+    """Ends a training by hand; the script ends normally."""
 
 
 class Trainee:
@@ -69,7 +83,6 @@ class Trainee:
         self.spec = spec
         self.peer: Peer = PEERS[spec.peer]
         self.shape = Shape(**spec.shape)
-        self.keep = self.peer.keep if spec.keep is None else spec.keep
         self.directory = Path(spec.directory)
         self.model: Any = None  # Keras carries no types
         self.saver: Any = None  # the peer's own object
@@ -80,7 +93,7 @@ class Trainee:
     @property
     def template(self) -> str:
         """The path of a callback that takes templates."""
-        return str(self.directory / (self.peer.file or "{step}"))
+        return str(self.directory / (self.spec.template or self.spec.file or f"{{step}}{self.peer.suffix}"))
 
     def submit(self, step: int) -> None:
         """Says that a save has been accepted."""
@@ -130,10 +143,11 @@ def main(arguments: dict[str, Any]) -> None:
         import writer_entry
 
         writer_entry.install(trainee.spec.writer)
-    if trainee.peer.in_fit:
-        fit(trainee)
-    else:
-        _LOOPS[trainee.peer.name](trainee)
+    with suppress(Stop):
+        if trainee.peer.in_fit:
+            fit(trainee)
+        else:
+            _LOOPS[trainee.peer.name](trainee)
     say("done")
 
 
@@ -150,7 +164,7 @@ def fit(trainee: Trainee) -> None:
     trainee.saver = _CALLBACKS[trainee.peer.name](trainee)
     edit = None if spec.edit_logs is None else find(spec.edit_logs)
     trainee.model.fit(
-        make_batches(trainee.shape),
+        make_batches(trainee.shape, spec.nan_from),
         epochs=spec.epochs,
         steps_per_epoch=spec.batches,
         verbose=0,
@@ -210,8 +224,8 @@ def make_offstep(trainee: Trainee) -> Any:  # a Keras callback
     spec = trainee.spec
     options: dict[str, Any] = {"save_freq": spec.save_every or "epoch"}
     options["on_durable"] = lambda save: say("durable", save.step)
-    if trainee.peer.file is None:
-        options["max_to_keep"] = trainee.keep
+    if spec.file is None:
+        options["max_to_keep"] = spec.keep
     options["save_weights_only"] = trainee.peer.reader == "weights"
     return ModelCheckpoint(trainee.template, **(options | spec.options))
 
@@ -241,7 +255,7 @@ def make_orbax_checkpoint(trainee: Trainee) -> Any:  # a Keras callback
             super()._save_checkpoint(step, logs)
             trainee.submit(step)
 
-    options = {"save_freq": trainee.spec.save_every or "epoch", "max_to_keep": trainee.keep}
+    options = {"save_freq": trainee.spec.save_every or "epoch", "max_to_keep": trainee.spec.keep}
     return Telling(str(trainee.directory), **(options | trainee.spec.options))
 
 
@@ -258,50 +272,62 @@ _CALLBACKS: dict[str, Callable[[Trainee], Any]] = {
 # --------------------------------------------------------------------------------------------------- in a loop of JAX
 
 
-def steps(trainee: Trainee) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields each step and its state."""
+def steps(trainee: Trainee) -> Iterator[tuple[int, dict[str, Any], dict[str, float]]]:
+    """Yields each step with its state and metrics."""
     import jax
 
+    spec = trainee.spec
     rows = make_inputs(trainee.shape)
     change = {f"branch_{i}": {"kernel": row.T, "bias": row[0, :1] * 0 + 1} for i, row in enumerate(rows)}
-    first = trainee.spec.first_step
-    state = jax.tree.map(lambda array: jax.numpy.asarray(-first * array), change)
+    state = jax.tree.map(lambda array: jax.numpy.asarray(-spec.first_step * array), change)
     update = jax.jit(lambda tree: jax.tree.map(jax.numpy.subtract, tree, change), donate_argnums=0)
-    for step in range(first + 1, first + 1 + trainee.spec.epochs * trainee.spec.batches):
+    for step in range(spec.first_step + 1, spec.first_step + 1 + spec.epochs * spec.batches):
         trainee.begin_batch()
         state = update(state)
-        yield step, state
+        if step == spec.nan_from:
+            state = jax.tree.map(lambda array: array * math.nan, state)
+        metrics: dict[str, float] = {}
+        if spec.edit_logs is not None:
+            find(spec.edit_logs)(step // spec.save_every - 1, metrics)
+        yield step, state, metrics
 
 
 def loop_checkpointer(trainee: Trainee) -> None:
     """Saves with our `Checkpointer`."""
     from offstep import Checkpointer
 
+    spec = trainee.spec
     pending: list[Any] = []  # offstep.PendingSave
-    with Checkpointer(trainee.directory, max_to_keep=trainee.keep, **trainee.spec.options) as trainee.saver:
-        for step, state in steps(trainee):
-            if step % trainee.spec.save_every == 0:
-                save = trainee.saver.save(step, state)
-                if save is not None:
-                    trainee.submit(step)
-                    pending.append(save)
-            while pending and pending[0].done():
-                save = pending.pop(0)
-                if save.error is None:
-                    say("durable", save.step)
+    trainee.saver = Checkpointer(trainee.directory, max_to_keep=spec.keep, **spec.options)
+    for step, state, metrics in steps(trainee):
+        if step % spec.save_every == 0:
+            save = trainee.saver.save(step, state, metrics)
+            if save is not None:
+                trainee.submit(step)
+                pending.append(save)
+        while pending and pending[0].done():
+            save = pending.pop(0)
+            if save.error is None:
+                say("durable", save.step)
+    if spec.closes:
+        trainee.saver.close()
 
 
 def loop_manager(trainee: Trainee) -> None:
     """Saves with Orbax's `CheckpointManager`."""
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=trainee.keep, **trainee.spec.options)
-    with ocp.CheckpointManager(trainee.directory, options=options) as trainee.saver:
-        for step, state in steps(trainee):
-            if step % trainee.spec.save_every == 0:
-                trainee.saver.save(step, args=ocp.args.StandardSave(state))
-                trainee.submit(step)
-            trainee.wait_now_and_then(trainee.saver.wait_until_finished)
+    spec = trainee.spec
+    best = {"best_fn": lambda metrics: metrics["val_loss"], "best_mode": "min"} if spec.edit_logs else {}
+    options = ocp.CheckpointManagerOptions(max_to_keep=spec.keep, **best, **spec.options)
+    trainee.saver = ocp.CheckpointManager(trainee.directory, options=options)
+    for step, state, metrics in steps(trainee):
+        if step % spec.save_every == 0:
+            trainee.saver.save(step, args=ocp.args.StandardSave(state), metrics=metrics or None)
+            trainee.submit(step)
+        trainee.wait_now_and_then(trainee.saver.wait_until_finished)
+    if spec.closes:
+        trainee.saver.close()
 
 
 _LOOPS: dict[str, Callable[[Trainee], None]] = {

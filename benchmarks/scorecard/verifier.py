@@ -1,14 +1,16 @@
 """Reads checkpoints back with stock Keras and Orbax only, in a process of its own.
 
-It answers each line of JSON on stdin (`reader`, `directory`, `shape`, and `file` where there is one) with one line of
-JSON on stdout: what there is, and whether its values are those of its step.
+It answers each line of JSON on stdin, a `Question`, with one line of JSON on stdout: what there is, and whether its
+values are those of its step.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,59 @@ def main(_: dict[str, Any]) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints
     for line in sys.stdin:
-        question = json.loads(line)
+        question = Question(**json.loads(line))
         assert "offstep" not in sys.modules, "stock readers only"
-        shape = Shape(**question["shape"])
-        found = look(question["reader"], Path(question["directory"]), question["file"], shape)
+        found = look_at_newest(question) if question.only_newest else look(question)
         print(json.dumps([asdict(each) for each in found]), file=answers, flush=True)
 
 
-def look(reader: str, directory: Path, file: str | None, shape: Shape) -> list[Found]:
+@dataclass(frozen=True)
+class Question:
+    """What there is to read.
+
+    Attributes:
+        reader: Key of `READERS`.
+        directory: Where.
+        file: The one file; `None` where each step has a name of its own.
+        suffix: Of these names.
+        shape: Of the model, as JSON.
+        only_newest: Read no other step.
+    """
+
+    reader: str
+    directory: str
+    file: str | None
+    suffix: str
+    shape: dict[str, int]
+    only_newest: bool
+
+    def examine(self, step: int | None) -> Found:
+        """Reads the one file, or a step."""
+        path = Path(self.directory, f"{step}{self.suffix}" if self.file is None else self.file)
+        return examine(self.reader, path, step, Shape(**self.shape))
+
+    def list_steps(self) -> list[int]:
+        """Returns the steps that have a name."""
+        names = (name.removesuffix(self.suffix) for name in os.listdir(self.directory) if name.endswith(self.suffix))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+
+def look(question: Question) -> list[Found]:
     """Reads every checkpoint of a directory, or the one file."""
-    if file is not None:
-        path = directory / file
-        return [examine(reader, path, None, shape)] if path.exists() else []
-    steps = sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdecimal())
-    return [examine(reader, directory / str(step), step, shape) for step in steps]
+    if question.file is not None:
+        return [question.examine(None)] if Path(question.directory, question.file).exists() else []
+    return [question.examine(step) for step in question.list_steps()]
+
+
+def look_at_newest(question: Question) -> list[Found]:
+    """Reads the newest checkpoint while others are being saved: one that goes away meanwhile is not the newest."""
+    while True:
+        steps: list[int | None] = [None] if question.file is not None else [*question.list_steps()]
+        if not steps:
+            return []
+        found = question.examine(steps[-1])
+        if found.state != "error" or question.file is not None or steps[-1] in question.list_steps():
+            return [found]
 
 
 def examine(reader: str, path: Path, step: int | None, shape: Shape) -> Found:
@@ -90,9 +131,14 @@ def _read_keras(path: Path, shape: Shape) -> tuple[Weights, int | None]:
 
 
 def _read_weights_file(path: Path, shape: Shape) -> tuple[Weights, int | None]:
-    model = make_model(shape)
+    model = _make_model_once(shape)
     model.load_weights(path)
     return read_weights(model), None
+
+
+@cache
+def _make_model_once(shape: Shape) -> Any:  # Keras carries no types
+    return make_model(shape)
 
 
 READERS = {
