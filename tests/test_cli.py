@@ -109,7 +109,7 @@ def test_nothing_at_all(command: str, tmp_path: Path) -> None:
 def test_a_file_that_is_no_checkpoint(command: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     run = offstep(command, tmp_path / "notes.txt", *COMMANDS[command])
-    assert run.code == (NOTHING if command == "latest" else UNSUITABLE)
+    assert run.code == UNSUITABLE
     assert "notes.txt" in run.err
     assert "checkpoint" in run.err
 

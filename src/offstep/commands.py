@@ -15,9 +15,7 @@ from rich.console import RenderableType
 
 from offstep import averaging, checking, comparison, inspection, pruning
 from offstep import export as exports
-from offstep.discovery import latest as find_latest
 from offstep.discovery import open_newest
-from offstep.errors import CheckpointNotFound
 from offstep.listing import Entry, list_entries
 from offstep.stored import Reader
 from offstep.tables import make_table, spell_age, spell_bytes, spell_number
@@ -106,12 +104,8 @@ def inspect(args: Namespace) -> Answer:
 
 def latest(args: Namespace) -> Answer:
     """Prints the newest valid checkpoint."""
-    if not args.path.exists():
-        raise CheckpointNotFound(f"{args.path} does not exist")
-    found = find_latest(args.path, verify=args.verify) if args.path.is_dir() else None
-    if found is None:
-        raise CheckpointNotFound(f"{args.path} holds no valid checkpoint")
-    return Answer({"path": str(found)}, [str(found)])
+    found = str(_find_one(args.path, verify=args.verify))
+    return Answer({"path": found}, [found])
 
 
 def verify(args: Namespace) -> Answer:
@@ -239,7 +233,8 @@ def average(args: Namespace) -> Answer:
     _refuse_existing(args)
     paths = _choose_paths(args)
     if len(paths) < 2:
-        raise ValueError(f"an average needs two checkpoints or more. Received: {', '.join(map(str, paths))}")
+        found = ", ".join(map(str, paths)) or "none that is whole"
+        raise ValueError(f"an average needs two checkpoints or more. Received: {found}")
     names = averaging.average(paths, args.out.absolute())
     document = {"path": str(args.out), "averaged": [str(path) for path in paths], "leaves": names}
     shown = [str(path) for path in paths]
@@ -249,7 +244,7 @@ def average(args: Namespace) -> Answer:
 def _choose_paths(args: Namespace) -> list[Path]:
     count = args.newest or args.best
     if args.newest is None and args.best is None:
-        return list(args.path)
+        return [_find_one(path) for path in args.path]
     if count < 1:
         raise ValueError(f"--newest and --best take a number of at least 1. Received: {count}")
     entries = [entry for path in args.path for entry in list_entries(path) if entry.is_whole and not entry.nonfinite]
@@ -257,6 +252,12 @@ def _choose_paths(args: Namespace) -> list[Path]:
         entries = pruning.rank(entries, pruning.choose_monitor(entries, args.monitor), args.mode)[:count]
         entries.sort(key=lambda entry: (entry.step or 0, entry.saved_at))
     return [entry.path for entry in entries[-count:]]
+
+
+def _find_one(path: Path, *, verify: bool = False) -> Path:
+    reader = open_newest(path, verify=verify)
+    reader.close()
+    return reader.path
 
 
 def _refuse_existing(args: Namespace) -> None:
