@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offstep.policy import (
-    BatchCounter,
+    Approach,
     FrequencyUnit,
     SaveFrequency,
     Schedule,
@@ -20,6 +20,7 @@ from offstep.policy import (
     Template,
     format_of,
     is_improvement,
+    lasts_for,
     parse_save_freq,
     split_target,
 )
@@ -29,24 +30,6 @@ Mode = Literal["min", "max"]
 
 def exactly(message: str) -> str:
     return f"^{re.escape(message)}$"
-
-
-@given(
-    every=st.integers(1, 12),
-    steps_per_execution=st.integers(1, 5),
-    epochs=st.lists(st.integers(1, 20), max_size=6),
-)
-def test_batches_are_counted_as_keras_counts_them(every: int, steps_per_execution: int, epochs: list[int]) -> None:
-    stock = keras.callbacks.ModelCheckpoint("m.keras", save_freq=every)
-    counter = BatchCounter(every)
-    for batches in epochs:
-        for batch in range(steps_per_execution - 1, batches, steps_per_execution):
-            assert counter.should_save(batch) == stock._should_save_on_batch(batch)
-
-
-def test_remainder_is_dropped_when_a_save_is_due() -> None:
-    counter = BatchCounter(every=3)
-    assert [counter.should_save(batch) for batch in (1, 3, 5, 7)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("current", [float("nan"), float("inf"), float("-inf")])
@@ -295,3 +278,53 @@ def test_a_time_is_due_at_the_first_batch_after_it_has_passed(every: float, step
         assert is_due == (now - last >= every)
         last = now if is_due else last
         assert not schedule.is_due_after_epoch()
+
+
+# ------------------------------------------------------------------------------------------------ what is to come
+
+
+@pytest.mark.parametrize(
+    ("left", "unit", "epochs", "batches", "lasts"),
+    [
+        (2, "epochs", 2, None, True),
+        (3, "epochs", 2, 9, False),
+        (1, "epochs", None, 9, None),
+        (18, "batches", 2, 9, True),
+        (19, "batches", 2, 9, False),
+        (1, "batches", 2, None, None),
+        (1, "batches", None, 9, None),
+        (1.0, "seconds", 2, 9, None),
+    ],
+)
+def test_a_training_lasts_as_long_as_its_epochs(
+    left: float, unit: FrequencyUnit, epochs: int | None, batches: int | None, lasts: bool | None
+) -> None:
+    assert lasts_for(SaveFrequency(left, unit), epochs=epochs, batches=batches) is lasts
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([1.0], [False]),
+        ([4.0, 2.0], [False, True]),
+        ([4.0, 2.5, 1.5], [False] * 3),
+        ([1.0, 3.0, 1.0], [False, False, True]),
+    ],
+)
+def test_a_metric_approaches_by_as_much_as_is_left(gaps: list[float], expected: list[bool]) -> None:
+    approach = Approach()
+    assert [approach.note(gap) for gap in gaps] == expected
+
+
+def test_what_is_left_of_a_schedule() -> None:
+    now = 5.0
+    epochs, seconds = (Schedule(SaveFrequency(3, unit), clock=lambda: now) for unit in ("epochs", "seconds"))
+    epochs.is_due_after_epoch()
+    assert epochs.left() == SaveFrequency(2, "epochs")
+    seconds.begin()
+    now = 7.0
+    seconds.is_due_after_batch()
+    assert seconds.left() == SaveFrequency(1, "seconds")
+    now = 9.0
+    assert seconds.is_due_after_batch()
+    assert seconds.left() == SaveFrequency(3, "seconds")

@@ -311,9 +311,14 @@ class SlotPool:
         self._free = list(self._slots)  # guarded by self._lock
         self._lock = threading.Lock()
         self._closed = False  # guarded by self._lock
-        # Not a daemon: the interpreter must not unmap what this thread still touches.
-        self._toucher = threading.Thread(target=self._prefault, name="offstep-prefault")
-        self._toucher.start()
+        self._toucher: threading.Thread | None = None
+
+    def touch(self) -> None:
+        """Begins to touch the pages of all slots on a thread of its own, once: a copy into fresh memory is slow."""
+        if self._toucher is None:
+            # Not a daemon: the interpreter must not unmap what this thread still touches.
+            self._toucher = threading.Thread(target=self._prefault, name="offstep-prefault")
+            self._toucher.start()
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -344,7 +349,8 @@ class SlotPool:
         with self._lock:
             self._closed = True
             free, self._free = self._free, []
-        self._toucher.join()
+        if self._toucher is not None:
+            self._toucher.join()
         for slot in free:
             slot.close()
 

@@ -265,7 +265,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._dispatch.take_thread()
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
-        """Checks the target, lays out the slots and starts the writer."""
+        """Checks the target, and gets ready for the first save if one is near."""
         self._dispatch.begin_training()
         self._begin()
         if self._resumption is not None:
@@ -280,8 +280,15 @@ class ModelCheckpoint(DecidingCheckpoint):
         if self._resumes_best:
             self._resume_best(self._destination.read_manifests())
         self._observer.begin(filepath=self.filepath, versions=_VERSIONS)
-        self._open()
+        if self._may_save() or self._preemption is not None or self._resumption is not None:
+            self._open()  # else it is done by a save that comes nevertheless
+        self._get_ready()
         self._has_begun = True
+
+    def _get_ready(self) -> None:
+        """Warms up what the next save needs, if one is near: who never saves shall not pay for it."""
+        if not self._engine.is_ready and (self._preemption is not None or self._is_save_near()):
+            self._engine.make_ready()
 
     def _watch(self) -> None:
         if self._preemption is not None:
@@ -420,6 +427,8 @@ class ModelCheckpoint(DecidingCheckpoint):
                 self._correct_steps()
                 logs = self._dispatch.wait_for_logs(batch)
             self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
+        else:
+            self._get_ready()
         self._observer.end_batch(self._steps.current)
         self._obey_preemption(None if is_due else batch)
 
@@ -487,6 +496,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         filepath = self._get_file_path(epoch, batch, logs)
         best: Any = self.best  # a number of Keras, or None
         if not self._should_save_model(epoch, batch, logs, filepath):
+            self._get_ready()
             return
         self._destination.refuse_directory(filepath)
         arrays = self._live_arrays()

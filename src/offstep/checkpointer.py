@@ -267,6 +267,7 @@ class Checkpointer:
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
         self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self, hold=self._hold)
+        self._engine.make_ready()
 
 
 def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:

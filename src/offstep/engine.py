@@ -84,7 +84,7 @@ class Engine:
         owner: object | None = None,
         hold: Callable[[], Lock] | None = None,
     ) -> None:
-        """Makes plan and slots for one structure and starts the writer, all in the background where it takes long.
+        """Makes plan and slots for one structure; `make_ready` says that they will be used.
 
         An earlier structure is finished and given up first. `format` is a key of `formats.FORMATS`; `documents` is
         JSON that its `prepare` takes; `rendering` makes the files that the writer cannot make. When `owner` is gone
@@ -136,6 +136,23 @@ class Engine:
             self._tie = None if owner is None else lifecycle.tie(self, owner)
             self._opened = Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering, lock, lock_number)
             undo.pop_all()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `make_ready` was called since `open`."""
+        return self._opened is not None and self._opened.is_ready
+
+    def make_ready(self) -> None:
+        """Starts the writer, and touches the slots beside training, so that the first save finds them warm.
+
+        The first `save` does it if nobody else has. Does nothing before `open`.
+        """
+        if self._opened is None or self._opened.is_ready:
+            return
+        with held_signals():
+            self._opened.is_ready = True
+            self._opened.pool.touch()
+            self._opened.writer.start()
 
     def close(self) -> None:
         """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`."""
@@ -251,6 +268,7 @@ class Engine:
         assert opened is not None, "open() comes first"
         started = time.monotonic() if started is None else started
         self.counts.requested += 1
+        opened.writer.start()  # here, because nobody hears what the fetching thread would warn of
         waited = self._wait_for_slot(opened, must_save=must_save)
         before = time.monotonic()
         if opened.snapshotter.settle_mode(arrays) != "device_copy":
@@ -281,6 +299,7 @@ class Engine:
             self._reports.keep(pending)
             if slot is None:
                 self._reports.skip(pending)
+        self.make_ready()  # after the copy, with which the touching would compete
         return None if slot is None else pending
 
     def _wait_for_slot(self, opened: Opened, *, must_save: bool) -> float:

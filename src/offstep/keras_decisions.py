@@ -19,6 +19,9 @@ Stock: Any = keras.callbacks.ModelCheckpoint
 """Stock's class, whatever a script puts in its place later."""
 
 
+_NEAR_SECONDS = 60.0
+
+
 class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras carries no types
     """Stock's callback that knows more frequencies, and never takes a metric that is not finite for the best.
 
@@ -50,6 +53,8 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
     ) -> None:
         self._clock = clock
         self._told: set[str] = set()
+        self._approach = policy.Approach()
+        self._is_promising = False
         self._frequency: Frequency | None = None
         if overhead_budget is not None:
             self._frequency = Frequency(parse_budget(overhead_budget), clock)
@@ -86,6 +91,53 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
             return bool(super()._should_save_on_batch(batch))
         return self._schedule.is_due_after_batch()
 
+    # ----------------------------------------------------------------------------------------- what is to be expected
+
+    @property
+    def _is_overridden(self) -> bool:
+        """Whether a subclass decides, or names, by means of its own."""
+        raise NotImplementedError
+
+    @property
+    def _decides_freely(self) -> bool:
+        is_overridden = type(self)._should_save_on_batch is not DecidingCheckpoint._should_save_on_batch
+        return self._frequency is not None or self._is_overridden or is_overridden
+
+    def _left(self) -> policy.SaveFrequency:
+        if isinstance(self.save_freq, int):
+            return policy.SaveFrequency(self.save_freq - self._batches_seen_since_last_saving, "batches")
+        return self._schedule.left()
+
+    def _lasts_until_due(self) -> bool | None:
+        """Returns whether the training lasts until the next save is due; `None` when its length is not known."""
+        params = self.params if isinstance(self.params, dict) else {}
+        epochs, batches = (count if isinstance(count := params.get(key), int) else None for key in ("epochs", "steps"))
+        return policy.lasts_for(self._left(), epochs=epochs, batches=batches)
+
+    def _may_save(self) -> bool:
+        """Returns whether a save may come in this training; false only where it is known to end before."""
+        return self._decides_freely or self._lasts_until_due() is not False
+
+    def _is_save_near(self) -> bool:
+        """Returns whether a save is to be expected, and soon enough to get ready for it."""
+        if self._decides_freely:
+            return True
+        if self._is_doubtful():
+            return False
+        lasts = self._lasts_until_due()
+        if lasts is not None:
+            return lasts
+        left = self._left()
+        if left.unit == "batches":
+            return isinstance(self.save_freq, int) and 2 * left.count <= self.save_freq
+        return left.unit == "epochs" or left.count <= _NEAR_SECONDS
+
+    def _is_doubtful(self) -> bool:
+        """Returns whether the metric has to beat what the user demands, and gets no nearer to that."""
+        if not self.save_best_only or self._is_promising or self.best is None:
+            return False
+        return bool(np.isfinite(np.asarray(self.best)).all())
+
     def _is_writing(self) -> bool:
         """Returns whether a save is not durable yet."""
         raise NotImplementedError
@@ -113,6 +165,7 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         found = find_best(manifests, self.monitor, mode=self._find_direction() or "min")
         if found is not None and self._is_improvement(found.metrics[self.monitor], self.best):
             self.best = found.metrics[self.monitor]
+            self._is_promising = True  # it was made by the same training
 
     def _find_direction(self) -> Literal["min", "max"] | None:
         if self.monitor_op is None:
@@ -144,7 +197,10 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
             return bool(super()._is_improvement(monitor_value, reference_value))
         mode: Literal["min", "max"] = "max" if self.monitor_op is keras.ops.greater else "min"
         best = None if reference_value is None else self._round(reference_value)
-        return policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
+        is_better = policy.is_improvement(current, best, mode=mode, min_delta=self.min_delta)
+        if is_better or best is None or self._approach.note(abs(best - current)):
+            self._is_promising = True
+        return is_better
 
     @staticmethod
     def _round(value: Any) -> float:

@@ -105,7 +105,13 @@ class Schedule:
         self._frequency = frequency
         self._clock = clock
         self._since: float | None = None
+        self._passed_seconds = 0.0
         self._epochs = 0
+
+    def left(self) -> SaveFrequency:
+        """Returns how many epochs, or seconds at the end of the last batch, were left until a save is due."""
+        passed = self._passed_seconds if self._frequency.unit == "seconds" else self._epochs
+        return SaveFrequency(self._frequency.count - passed, self._frequency.unit)
 
     def begin(self) -> None:
         """Starts the time, unless it runs."""
@@ -118,9 +124,10 @@ class Schedule:
             return False
         self.begin()
         now = self._clock()
-        if self._since is None or now - self._since < self._frequency.count:
+        self._passed_seconds = 0.0 if self._since is None else now - self._since
+        if self._passed_seconds < self._frequency.count:
             return False
-        self._since = now
+        self._since, self._passed_seconds = now, 0.0
         return True
 
     def is_due_after_epoch(self) -> bool:
@@ -134,32 +141,37 @@ class Schedule:
         return True
 
 
-class BatchCounter:
-    """Says at which batches a save is due, counting as `keras.callbacks.ModelCheckpoint` does.
+def lasts_for(left: SaveFrequency, *, epochs: int | None, batches: int | None) -> bool | None:
+    """Returns whether a training lasts for what is `left` until a save is due; `None` when that is not known.
 
-    Batches are counted across epochs and by as many as `steps_per_execution` moves on at a time. What goes beyond
-    `every` when a save becomes due is dropped.
+    Args:
+        left: Epochs, batches or seconds.
+        epochs: Those of the training, at most; `None` when nobody knows.
+        batches: Those of an epoch, likewise.
+    """
+    if epochs is None or left.unit == "seconds":
+        return None
+    if left.unit == "epochs":
+        return left.count <= epochs
+    return None if batches is None else left.count <= epochs * batches
+
+
+class Approach:
+    """Says whether a metric comes so much nearer to what it has to beat that the next value may beat it.
 
     Example:
-        >>> counter = BatchCounter(every=2)
-        >>> [counter.should_save(batch) for batch in (0, 1, 2, 0)]
-        [False, True, False, True]
+        >>> approach = Approach()
+        >>> [approach.note(gap) for gap in (5.0, 4.0, 1.5)]
+        [False, False, True]
     """
 
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._seen = 0
-        self._last_batch: int | None = None
+    def __init__(self) -> None:
+        self._gap = math.inf
 
-    def should_save(self, batch: int) -> bool:
-        """Counts up to `batch` (0-based in its epoch); call it once per batch hook."""
-        is_new_epoch = self._last_batch is None or batch <= self._last_batch
-        self._seen += batch + 1 if is_new_epoch else batch - (self._last_batch or 0)
-        self._last_batch = batch
-        if self._seen < self._every:
-            return False
-        self._seen = 0
-        return True
+    def note(self, gap: float) -> bool:
+        """Takes how far a value was from being better; once more as good a step would be enough."""
+        before, self._gap = self._gap, gap
+        return math.isfinite(before) and gap <= before - gap
 
 
 def is_improvement(current: float, best: float | None, *, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:

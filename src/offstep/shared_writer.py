@@ -13,10 +13,9 @@ _users_lock = threading.RLock()
 
 
 def borrow_shared(*, in_process: bool = False) -> Writer:
-    """Returns this process's writer, started; give it back with `return_shared`."""
+    """Returns this process's writer, which may not have been started; give it back with `return_shared`."""
     with _users_lock:
         _users[in_process] += 1
-        _shared[in_process].start()
     return _shared[in_process]
 
 

@@ -32,6 +32,7 @@ class Opened:
     rendering: Rendering | None
     lock: Lock | None
     lock_number: int | None
+    is_ready: bool = False  # slots touched, or being touched, and the writer started
 
 
 @dataclass(frozen=True)
