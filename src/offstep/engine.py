@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
-from types import MethodType
 from typing import Any
 
 from offstep import lifecycle, ownership, shared_writer
@@ -23,14 +21,12 @@ from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
 from offstep.records import Leaf, PathKey, SaveStats, Target
-from offstep.rendering import Rendering, make_image
-from offstep.reports import Counts, Outcome, Reports
+from offstep.rendering import Rendering
+from offstep.reports import Counts, Reports
 from offstep.retention import Ranking
 from offstep.signals import held_signals
 from offstep.snapshot import Array, Snapshotter
-from offstep.submission import Opened, Work, describe_job, render
-
-OnDurable = Callable[[PendingSave], None]
+from offstep.submission import OnDurable, Opened, Submitter, Work
 
 
 class Engine:
@@ -44,16 +40,13 @@ class Engine:
 
     def __init__(self, options: Options, on_durable: OnDurable | None = None) -> None:
         self._options = options
-        # Weak where it can be: the owner of a method must not live on because a save is open here.
-        self._on_durable: Callable[[], OnDurable | None] = (
-            weakref.WeakMethod(on_durable) if isinstance(on_durable, MethodType) else lambda: on_durable
-        )
         self._opened: Opened | None = None
         self._reports = Reports(options.on_error)
+        self._submitter = Submitter(options, self._reports, on_durable)
         self._tie: weakref.finalize[..., object] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self._options, self._on_durable())  # a copy of a callback saves for itself
+        return type(self), (self._options, self._submitter.on_durable)  # a copy of a callback saves for itself
 
     @property
     def stats(self) -> list[SaveStats]:
@@ -294,7 +287,7 @@ class Engine:
                     started,
                     ranking or Ranking(),
                 )
-                self._hand_over(work, arrays)
+                self._submitter.hand_over(work, arrays)
             pending.change(call_seconds=time.monotonic() - started)
             self._reports.keep(pending)
             if slot is None:
@@ -313,16 +306,6 @@ class Engine:
             self._advance(until=lambda: opened.pool.has_free)
         return time.monotonic() - started
 
-    def _hand_over(self, work: Work, arrays: Sequence[Array]) -> None:
-        self._reports.expect(work.number, work.pending)
-        try:
-            self._start(work, arrays)
-        except BaseException:
-            if self._can_give_up(work):
-                self._reports.call_off(work.number)
-                work.opened.pool.release(work.slot)
-            raise
-
     def _replace_oldest(self, opened: Opened) -> Slot | None:
         """Takes the slot of the oldest snapshot that nobody has begun to write; `None` where there is none.
 
@@ -334,60 +317,6 @@ class Engine:
         if not opened.pool.has_free:
             any(opened.writer.withdraw(number) for number in self._reports.pending_numbers)
         return opened.pool.try_acquire()
-
-    def _start(self, work: Work, arrays: Sequence[Array]) -> None:
-        opened = work.opened
-        if opened.snapshotter.mode == "device_copy":
-            self._queue(work, opened.snapshotter.copy_on_device(arrays))
-            return
-        opened.snapshotter.take(arrays, work.slot, are_computed=True)
-        if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
-            self._submit(work)
-        else:
-            self._queue(work, None)
-
-    def _is_queue_empty(self, work: Work) -> bool:
-        # Saves must reach the writer in their order: two may have one target.
-        return all(pending.wait_until_submitted(0) for pending in self._reports.pending if pending is not work.pending)
-
-    def _queue(self, work: Work, private: list[Array] | None) -> None:
-        assert work.opened.fetcher is not None
-        work.opened.fetcher.submit(self._fetch, work, private)
-
-    def _fetch(self, work: Work, private: list[Array] | None) -> None:
-        """Runs on the fetching thread."""
-        try:
-            if private is not None:
-                work.opened.snapshotter.fetch(private, work.slot)
-            self._submit(work, render(work, self._reports.remark))
-        except Exception as error:  # noqa: BLE001  reported like any failure of the writer
-            text = f"{type(error).__name__}: {error}"
-            if self._can_give_up(work):
-                self._take_outcome(work, {"error": text, "errno": None})
-            else:
-                self._reports.remark(f"after step {work.pending.step} had been handed to the writer: {text}")
-                work.pending.mark_submitted()
-
-    def _can_give_up(self, work: Work) -> bool:
-        """Takes a save back after an error; false when the writer has begun, and will report, or has reported."""
-        return not work.pending.done() and work.opened.writer.call_off(work.number)
-
-    def _submit(self, work: Work, content: bytes | None = None) -> None:
-        step = work.pending.step if work.step_leaf is None else work.read_step()
-        target = work.target(step)
-        work.pending.change(step=step, path=target.shown)
-        job = describe_job(work, step, target, self._options)
-        image = None if content is None else make_image(content)
-        if image is not None and content is not None:
-            job = replace(job, format="whole_file", slot=image.number, file_bytes=len(content))
-            work.opened.writer.add_slot(image)
-        try:
-            work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
-        except BaseException:
-            if image is not None and self._can_give_up(work):
-                _drop_image(work, image)
-            raise
-        work.pending.mark_submitted()
 
     # ------------------------------------------------------------------------------------------------- reports
 
@@ -456,18 +385,3 @@ class Engine:
         if waiting is not None and not waiting.wait_until_submitted(timeout):
             return
         opened.writer.collect(3600.0 if timeout is None else timeout, until)
-
-    def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
-        failure = self._reports.take_in(work.number, outcome, work.started)
-        if image is not None:
-            _drop_image(work, image)
-        work.opened.pool.release(work.slot)
-        work.pending.settle(failure)
-        on_durable = self._on_durable()
-        if failure is None and on_durable is not None:
-            on_durable(work.pending)
-
-
-def _drop_image(work: Work, image: Slot) -> None:
-    work.opened.writer.drop_slot(image)
-    image.close()

@@ -1,10 +1,12 @@
-"""One save between its snapshot and its outcome, and the job that the writer gets for it."""
+"""One save from its snapshot to its outcome, and the job that the writer gets for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import MethodType
 from typing import Any
 
 from offstep.attachments import Attachment
@@ -13,10 +15,13 @@ from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
 from offstep.records import Job, Target
-from offstep.rendering import Rendering, read_arrays
+from offstep.rendering import Rendering, make_image, read_arrays
+from offstep.reports import Outcome, Reports
 from offstep.retention import Ranking
-from offstep.snapshot import Snapshotter
+from offstep.snapshot import Array, Snapshotter
 from offstep.writer import Writer
+
+OnDurable = Callable[[PendingSave], None]
 
 
 @dataclass
@@ -59,7 +64,104 @@ class Work:
         return int.from_bytes(count, "little") // self.step_divisor
 
 
-def render(work: Work, remark: Callable[[str], None]) -> bytes | None:
+class Submitter:
+    """Takes snapshots into slots that were acquired for them, hands them to the writer, and takes the outcomes in.
+
+    Args:
+        options: How to work.
+        reports: Is told what becomes of each save.
+        on_durable: See `Engine`.
+    """
+
+    def __init__(self, options: Options, reports: Reports, on_durable: OnDurable | None) -> None:
+        self._options, self._reports = options, reports
+        # Weak where it can be: the owner of a method must not live on because a save is open here.
+        self._on_durable: Callable[[], OnDurable | None] = (
+            weakref.WeakMethod(on_durable) if isinstance(on_durable, MethodType) else lambda: on_durable
+        )
+
+    @property
+    def on_durable(self) -> OnDurable | None:
+        """What is called with a save that has become durable, while it lives."""
+        return self._on_durable()
+
+    def hand_over(self, work: Work, arrays: Sequence[Array]) -> None:
+        """Takes the snapshot and has it written; on the training thread. An error leaves the slot free."""
+        self._reports.expect(work.number, work.pending)
+        try:
+            self._start(work, arrays)
+        except BaseException:
+            if self._can_give_up(work):
+                self._reports.call_off(work.number)
+                work.opened.pool.release(work.slot)
+            raise
+
+    def _start(self, work: Work, arrays: Sequence[Array]) -> None:
+        opened = work.opened
+        if opened.snapshotter.mode == "device_copy":
+            self._queue(work, opened.snapshotter.copy_on_device(arrays))
+            return
+        opened.snapshotter.take(arrays, work.slot, are_computed=True)
+        if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
+            self._submit(work)
+        else:
+            self._queue(work, None)
+
+    def _is_queue_empty(self, work: Work) -> bool:
+        # Saves must reach the writer in their order: two may have one target.
+        return all(pending.wait_until_submitted(0) for pending in self._reports.pending if pending is not work.pending)
+
+    def _queue(self, work: Work, private: list[Array] | None) -> None:
+        assert work.opened.fetcher is not None
+        work.opened.fetcher.submit(self._fetch, work, private)
+
+    def _fetch(self, work: Work, private: list[Array] | None) -> None:
+        """Runs on the fetching thread."""
+        try:
+            if private is not None:
+                work.opened.snapshotter.fetch(private, work.slot)
+            self._submit(work, _render(work, self._reports.remark))
+        except Exception as error:  # noqa: BLE001  reported like any failure of the writer
+            text = f"{type(error).__name__}: {error}"
+            if self._can_give_up(work):
+                self._take_outcome(work, {"error": text, "errno": None})
+            else:
+                self._reports.remark(f"after step {work.pending.step} had been handed to the writer: {text}")
+                work.pending.mark_submitted()
+
+    def _can_give_up(self, work: Work) -> bool:
+        """Takes a save back after an error; false when the writer has begun, and will report, or has reported."""
+        return not work.pending.done() and work.opened.writer.call_off(work.number)
+
+    def _submit(self, work: Work, content: bytes | None = None) -> None:
+        step = work.pending.step if work.step_leaf is None else work.read_step()
+        target = work.target(step)
+        work.pending.change(step=step, path=target.shown)
+        job = _describe_job(work, step, target, self._options)
+        image = None if content is None else make_image(content)
+        if image is not None and content is not None:
+            job = replace(job, format="whole_file", slot=image.number, file_bytes=len(content))
+            work.opened.writer.add_slot(image)
+        try:
+            work.opened.writer.submit(job, lambda outcome: self._take_outcome(work, outcome, image), work.attachments)
+        except BaseException:
+            if image is not None and self._can_give_up(work):
+                _drop_image(work, image)
+            raise
+        work.pending.mark_submitted()
+
+    def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
+        failure = self._reports.take_in(work.number, outcome, work.started)
+        if image is not None:
+            _drop_image(work, image)
+        work.opened.pool.release(work.slot)
+        work.pending.settle(failure)
+        on_durable = self.on_durable
+        if failure is None and on_durable is not None:
+            on_durable(work.pending)
+
+
+def _render(work: Work, remark: Callable[[str], None]) -> bytes | None:
     """Returns the file where the trainer has to make it, else `None`; `remark` is told once why it has to."""
     rendering = work.opened.rendering
     if rendering is None or rendering.is_settled:
@@ -73,7 +175,7 @@ def render(work: Work, remark: Callable[[str], None]) -> bytes | None:
     return rendering.render(arrays)
 
 
-def describe_job(work: Work, step: int, target: Target, options: Options) -> Job:
+def _describe_job(work: Work, step: int, target: Target, options: Options) -> Job:
     """Returns what the writer has to be told."""
     return Job(
         number=work.number,
@@ -95,3 +197,8 @@ def describe_job(work: Work, step: int, target: Target, options: Options) -> Job
         retry_seconds=options.retry_seconds,
         private=options.private,
     )
+
+
+def _drop_image(work: Work, image: Slot) -> None:
+    work.opened.writer.drop_slot(image)
+    image.close()
