@@ -44,16 +44,18 @@ class Bench:
 
     Args:
         directory: Where checkpoints go.
-        sabotage: What our writer does not do, from `writer_entry.SABOTAGE`, to see the scorecard notice.
+        sabotage: What our writers leave out, by name in `writer_entry`, to show that the scorecard can fail.
+        wrapper: A command that runs every trainee of ours, to the same end.
     """
 
-    def __init__(self, directory: Path, sabotage: Sequence[str] = ()) -> None:
-        self.sabotage = list(sabotage)
+    def __init__(self, directory: Path, *, sabotage: Sequence[str] = (), wrapper: Sequence[str] = ()) -> None:
         self.root = directory / f"scorecard-{os.getpid()}"
+        self._sabotage, self._wrapper = list(sabotage), tuple(wrapper)
         self.random = Random(0)
         self._count = 0
         self._processes: list[Process] = []  # of the trial
         self._verifiers: dict[str, Verifier] = {}
+        self._servants: set[int] = set()
 
     def __enter__(self) -> Bench:
         self.root.mkdir(parents=True)
@@ -103,9 +105,9 @@ class Bench:
         shape = shape or Shape()
         spec = {"keep": peer.keep, "file": peer.file} | spec
         spec |= {"peer": peer.name, "directory": str(directory), "shape": asdict(shape)}
-        if self.sabotage and peer.is_ours:
-            spec["writer"] = (spec.get("writer") or {}) | {"sabotage": self.sabotage}
-        process = self.bear("trainee", spec, wrapper=wrapper)
+        if peer.is_ours and self._sabotage:
+            spec["writer"] = (spec.get("writer") or {}) | {"sabotage": self._sabotage}
+        process = self.bear("trainee", spec, wrapper=wrapper or (self._wrapper if peer.is_ours else ()))
         self._processes.append(process)
         return Trainee(process, replace(peer, keep=spec["keep"]), shape, directory)
 
@@ -137,6 +139,15 @@ class Bench:
             self._verifiers[peer.name] = Verifier(self.bear("verifier", {}))
         return self._verifiers[peer.name].look(peer, directory, shape or Shape(), only_newest=only_newest)
 
+    @contextmanager
+    def served_by(self, pid: int) -> Iterator[None]:
+        """In the block this process serves the trials, as a file system does, and belongs to none of them."""
+        self._servants.add(pid)
+        try:
+            yield
+        finally:
+            self._servants.discard(pid)
+
     def rest(self, seed: str = "") -> None:
         """Lets the verifiers go, so that the next ones are fresh, and begins another random sequence."""
         self.random.seed(seed)
@@ -147,7 +158,7 @@ class Bench:
 
     def family(self) -> list[psutil.Process]:
         """Returns all processes that trials have left, the running ones too."""
-        known = {self._nursery.pid, *(verifier.pid for verifier in self._verifiers.values())}
+        known = {self._nursery.pid, *self._servants, *(verifier.pid for verifier in self._verifiers.values())}
         return [each for each in psutil.Process().children(recursive=True) if each.pid not in known]
 
     def settle(self, deadline_seconds: float = DEADLINE_SECONDS) -> None:

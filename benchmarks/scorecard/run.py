@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,10 +25,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from bench import Bench  # noqa: E402
+from disks import sweep  # noqa: E402
 from machine import describe_machine, free_path  # noqa: E402
 from peers import ALL, PEERS, Peer  # noqa: E402
 from scenario import Scenario, collect_scenarios  # noqa: E402
 from verdict import Tally  # noqa: E402
+from writer_entry import SABOTAGE  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 DEFAULT_DIRECTORY = HERE.parents[1] / "build" / "scorecard"
@@ -41,16 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--quick", action="store_true", help="as few trials as show that everything works")
     parser.add_argument("--trials", type=int, help="of each scenario and peer, rather than its own number")
-    parser.add_argument("--sabotage", nargs="+", default=[], help="what our writer shall not do; it goes red then")
+    parser.add_argument("--sabotage", nargs="+", choices=list(SABOTAGE), default=[], help="what our writers leave out")
+    parser.add_argument("--wrapper", nargs="+", default=[], help="a command that runs our trainees, such as eatmydata")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIRECTORY, help="where checkpoints go (%(default)s)")
-    parser.add_argument("--results", type=Path, help="where results go (benchmarks/results; with --quick, DIR)")
+    parser.add_argument(
+        "--results", type=Path, help="where results go (benchmarks/results; with --quick or sabotage, DIR)"
+    )
     options = parser.parse_args(arguments)
     options.dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is mounted must be unmounted
+    sweep(options.dir)
     lines: list[str] = []
-    with Bench(options.dir, options.sabotage) as bench:
+    with Bench(options.dir, sabotage=options.sabotage, wrapper=options.wrapper) as bench:
         results = [run_scenario(bench, scenarios[name], options, lines) for name in options.scenarios]
-    folder = options.results or (options.dir if options.quick or options.sabotage else RESULTS)
+    is_real = not (options.quick or options.sabotage or options.wrapper)
+    folder = options.results or (RESULTS if is_real else options.dir)
     print(f"everything: {write(folder, results, lines, options)}")
     return int(
         any(PEERS[name].is_ours and not is_clean for each in results for name, is_clean in each["clean"].items())

@@ -1,0 +1,73 @@
+"""The scorecard's disks: what is durable survives them, and a commit that leaves something out does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.crash
+
+RUN = Path(__file__).parents[1] / "benchmarks" / "scorecard" / "run.py"
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def keep_score(directory: Path, scenario: str, peer: str, *options: str, trials: int = 1) -> dict[str, Any]:
+    """Runs a scenario and returns its tally; skips the test where the scenario says that it cannot run."""
+    command = [sys.executable, str(RUN), "--quick", "--dir", str(directory), "--trials", str(trials)]
+    command += ["--scenarios", scenario, "--peers", peer, *options]
+    path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}, timeout=600
+    )
+    results = list(directory.glob("*scorecard*.json"))
+    assert len(results) == 1, done.stdout + done.stderr
+    tally: dict[str, Any] = json.loads(results[0].read_text())["scenarios"][0]["peers"][peer]
+    assert not [name for name in os.listdir(directory) if name.startswith("scorecard-")], "something is left"
+    if tally["skipped"]:
+        pytest.skip(tally["skipped"])
+    assert tally["trials"] >= trials, tally
+    assert (done.returncode == 0) == (tally["survived"] == tally["trials"]), done.stdout + done.stderr
+    return tally
+
+
+def test_without_fsync_a_power_cut_takes_what_was_said_to_be_durable(tmp_path: Path) -> None:
+    tally = keep_score(tmp_path, "power_cut_ext4_after_durable", "offstep_weights", "--sabotage", "no_fsync")
+    assert (tally["survived"], tally["lost_bytes"] > 0) == (0, True)
+
+
+OURS = pytest.mark.parametrize("peer", ["offstep", "offstep_keras", "offstep_weights", "offstep_tree"])
+DISKS = pytest.mark.parametrize("disk", ["ext4", "xfs"])
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@OURS
+@DISKS
+@pytest.mark.parametrize("moment", ["after_durable", "after_fsync", "at_random"])
+def test_a_power_cut_takes_nothing_that_was_durable(tmp_path: Path, disk: str, moment: str, peer: str) -> None:
+    tally = keep_score(tmp_path, f"power_cut_{disk}_{moment}", peer, trials=3)
+    assert tally["survived"] == tally["trials"], tally
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@OURS
+@DISKS
+@pytest.mark.parametrize(
+    "how", [["--wrapper", "eatmydata"], ["--sabotage", "no_fsync"], ["--sabotage", "no_directory_fsync"]], ids=" ".join
+)
+def test_a_commit_that_leaves_fsyncs_out_loses_something_in_a_power_cut(
+    tmp_path: Path, how: list[str], disk: str, peer: str
+) -> None:
+    if shutil.which(how[1]) is None and how[0] == "--wrapper":
+        pytest.skip(f"{how[1]} is not installed")
+    tally = keep_score(tmp_path, f"power_cut_{disk}_after_durable", peer, *how, trials=5)
+    assert tally["survived"] < tally["trials"], tally
+    assert tally["lost_bytes"] > 0
