@@ -27,7 +27,7 @@ from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 
-from offstep import Checkpointer, SaveTimeout, writer
+from offstep import Checkpointer, SaveTimeout, writer_process
 from offstep.formats import orbax_step
 
 # Beside the constants of the package, which are what this measures: a writer process takes them from here.
@@ -97,7 +97,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 def measure(setting: Setting, step: Callable[[], None], state: State, directory: Path, saves: int, into: Times) -> None:
     """Adds the times of some saves by a writer with this setting; its first save is not counted."""
-    usual, writer._START = writer._START, _START.format(**vars(setting))
+    usual, writer_process._START = writer_process._START, _START.format(**vars(setting))
     try:
         with Checkpointer(directory, max_to_keep=1) as checkpointer:
             checkpointer.save(0, state)
@@ -107,7 +107,7 @@ def measure(setting: Setting, step: Callable[[], None], state: State, directory:
                 into.free += free
                 _save(checkpointer, number, step, state, statistics.median(free), into)
     finally:
-        writer._START = usual
+        writer_process._START = usual
 
 
 def _save(

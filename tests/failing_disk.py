@@ -96,7 +96,7 @@ def main():
 
 
 def write_entry(directory: Path, arguments: str) -> str:
-    """Makes a module whose `main` is a writer with such a `Plan`, and returns its name for `writer.entry`."""
+    """Makes a module whose `main` is a writer with such a `Plan`, and returns its name for `writer_process.entry`."""
     name = f"entry_{len(list(directory.glob('entry_*')))}"
     (directory / f"{name}.py").write_text(_ENTRY.format(arguments=arguments))
     return name

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from processes import find_writers, wait_for_end, wait_until
 
-from offstep import catalog, writer
+from offstep import catalog, writer_process
 from offstep.checkpointer import Checkpointer
 from offstep.engine import Engine
 from offstep.errors import SaveFailed, WriterDied
@@ -212,7 +212,7 @@ def test_a_program_that_is_no_writer_is_replaced_by_a_thread_which_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
 ) -> None:
     """As where Python is embedded: `sys.executable` is then the application, or a launcher of it."""
-    monkeypatch.setattr(writer, "HELLO_SECONDS", 2.0 if "pause" in code else 60.0)
+    monkeypatch.setattr(writer_process, "HELLO_SECONDS", 2.0 if "pause" in code else 60.0)
     launcher = make_program(tmp_path / "launcher", f"import signal; {code}")
     monkeypatch.setattr(sys, "executable", str(launcher))
     with Checkpointer(tmp_path / "run") as checkpointer:

@@ -22,10 +22,10 @@ _VARIABLE = "SCORECARD_WRITER"
 
 def install(orders: dict[str, Any]) -> None:
     """In the trainee, before its writer starts."""
-    from offstep import writer
+    from offstep import writer_process
 
     os.environ[_VARIABLE] = json.dumps(orders)
-    writer.entry = __name__
+    writer_process.entry = __name__
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import tempfile
 from collections import deque
 from typing import Any
 
@@ -85,3 +86,16 @@ class Channel:
             raise EOFError("the other end of the pipe is closed")
         *lines, self._text = (self._text + data).split(b"\n")
         self._messages.extend(json.loads(line) for line in lines)
+
+
+def spool(text: bytes) -> int:
+    """Returns a descriptor of an anonymous file that holds `text`; to send it never blocks, however long it is."""
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryFile() as file:
+            file.write(text)
+            file.flush()
+            return os.dup(file.fileno())
+    descriptor = os.memfd_create("offstep-plan", os.MFD_CLOEXEC)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(text)
+    return descriptor

@@ -1,8 +1,7 @@
 """The trainer's end of the pipe: one writer process per training process.
 
 The writer is started at the first use, and says hello once it runs. If it dies, a new one is started and gets the
-unfinished jobs again; their slots are still held here. A program that never says hello is no writer (`sys.executable`
-may be a launcher or an application that embeds Python): then a thread does the work.
+unfinished jobs again; their slots are still held here. Where no process can be a writer, a thread does the work.
 """
 
 from __future__ import annotations
@@ -12,15 +11,11 @@ import math
 import os
 import secrets
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from offstep import worker
@@ -29,22 +24,12 @@ from offstep.buffers import Slot
 from offstep.ownership import Lock
 from offstep.records import Job, Plan
 from offstep.signals import held_signals
-from offstep.wire import Channel, Message
+from offstep.wire import Channel, Message, spool
+from offstep.writer_process import WriterProcess, describe_false_start
 
-Outcome = Message
-"""What the writer says of a job: `durable_at`, or `error` and `errno`; `withdrawn` for one that it never began."""
-
-HELLO_SECONDS = 60.0
-"""How long a started process may take until it says hello; a cold start from a network file system takes some."""
-
+Outcome = Message  # of a job: `durable_at`, or `error` and `errno`; `withdrawn` for one that it never began
 _MAX_ATTEMPTS = 3
-_LAST_BREATH_SECONDS = 1.0
 _LOOK_UP_SECONDS = 1.0
-_NONE: Mapping[str, Attachment] = {}
-_START = "import sys; sys.path[:] = {path!r}; from {entry} import main; main()"
-
-entry = "offstep.worker"
-"""The module whose `main` a writer process runs. Tests have one of their own, whose disk fails."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +75,8 @@ class Writer:
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
         self._handed = _Handed()
         self._channel: Channel | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: WriterProcess | None = None
         self._thread: threading.Thread | None = None
-        self._is_greeted = False  # whether the process has said hello
-        self._launched_at = 0.0  # time.monotonic()
         self._next_job = 1
         self._next_plan = 1
         self._run = secrets.token_hex(4)
@@ -177,7 +160,7 @@ class Writer:
         return f"{self._run}-{number}"
 
     def submit(
-        self, job: Job, on_outcome: Callable[[Outcome], None], attachments: Mapping[str, Attachment] = _NONE
+        self, job: Job, on_outcome: Callable[[Outcome], None], attachments: Mapping[str, Attachment] | None = None
     ) -> None:
         """Hands a job over; once this returns it is written even if this process is killed.
 
@@ -191,7 +174,7 @@ class Writer:
         with self._lock:
             self.start()
             self._handed.slots[job.slot].claim.offer(job.number)
-            submitted = self._handed.jobs[job.number] = _Submitted(job, message, on_outcome, attachments)
+            submitted = self._handed.jobs[job.number] = _Submitted(job, message, on_outcome, attachments or {})
             is_told = self._tell_job(submitted)
         if not is_told:
             self.collect()  # the writer has died while it had nothing to do: start another one now
@@ -263,7 +246,7 @@ class Writer:
         self.start()  # only if starting another writer has failed before
         channel = self._channel
         assert channel is not None
-        patience = self._patience_seconds()
+        patience = math.inf if self._process is None else self._process.patience_seconds()
         is_there = channel.wait_readable(min(timeout_seconds, patience))
         if not is_there and timeout_seconds < patience:
             return False
@@ -282,16 +265,11 @@ class Writer:
         except EOFError:
             return False
         if message is not None and "hello" in message:
-            self._is_greeted = True
+            if self._process is not None:
+                self._process.is_greeted = True
         elif message is not None:  # else a part of one
             self._finish(message)
         return True
-
-    def _patience_seconds(self) -> float:
-        """Returns how much longer to wait for a sign of life."""
-        if self.in_process or self._is_greeted:
-            return math.inf
-        return max(0.0, self._launched_at + HELLO_SECONDS - time.monotonic())
 
     def close(self) -> None:
         """Waits for all jobs, then for the writer to end."""
@@ -310,7 +288,6 @@ class Writer:
         self._channel = None
         self._process = None
         self._thread = None
-        self._is_greeted = False
         self._handed = _Handed()
         self._turn = threading.Condition()
         self._receiver = None
@@ -342,8 +319,7 @@ class Writer:
         self._tell({"do": "add_lock", "lock": number, "path": str(lock.path)}, lock.descriptor)
 
     def _tell_plan(self, number: int) -> None:
-        # A plan can be larger than the pipe's buffer; through a memfd sending it never blocks.
-        descriptor = _spool(self._handed.plans[number])
+        descriptor = spool(self._handed.plans[number])
         try:
             self._tell({"do": "add_plan", "plan": number}, descriptor)
         finally:
@@ -354,7 +330,10 @@ class Writer:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         if not self._wants_thread and not reason:
-            reason = self._start_process(theirs)
+            try:
+                self._process = WriterProcess(theirs)
+            except OSError as error:
+                reason = str(error)
         self.in_process = self._wants_thread or bool(reason)
         if self.in_process:
             self._start_thread(theirs)
@@ -374,24 +353,6 @@ class Writer:
                 stacklevel=2,
             )
 
-    def _start_process(self, theirs: socket.socket) -> str:
-        """Returns why it could not be started, or nothing."""
-        if not sys.executable:
-            return "the path of the Python interpreter is not known"
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(path=_search_path(), entry=entry), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # so that Ctrl-C does not reach it
-            )
-        except OSError as error:
-            return str(error)
-        theirs.close()
-        self._is_greeted, self._launched_at = False, time.monotonic()
-        return ""
-
     def _start_thread(self, theirs: socket.socket) -> None:
         arguments = (Channel(theirs), self._handed.slots)
         # A daemon, because `close` at exit waits for its work before it ends it.
@@ -404,10 +365,10 @@ class Writer:
             assert self._channel is not None
             self._channel.close()
             self._channel = None
-            is_no_writer = not self.in_process and not self._is_greeted
+            is_no_writer = self._process is not None and not self._process.is_greeted
             status = self._reap()
             if is_no_writer and (status is None or status >= 0):  # by a signal dies also what would have been one
-                self._launch(f"{sys.executable} {_describe_false_start(status)}")
+                self._launch(describe_false_start(status))
                 return
             # Jobs are served in order: it died on the first.
             first = next(iter(self._handed.jobs.values()), None)
@@ -424,46 +385,14 @@ class Writer:
         """Waits for the end of the writer; returns the status of a process that ended by itself."""
         status = None
         if self._process is not None:
-            status = self._wait_for_process(self._process)
+            status = self._process.wait()
             self._process = None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return status
 
-    def _wait_for_process(self, process: subprocess.Popen[bytes]) -> int | None:
-        try:
-            return process.wait(None if self._is_greeted else _LAST_BREATH_SECONDS)
-        except subprocess.TimeoutExpired:  # no writer: it does not know that it should end when the pipe closes
-            process.kill()
-            process.wait()
-            return None
-
     def _finish(self, outcome: Outcome) -> None:
         with self._lock:
             submitted = self._handed.jobs.pop(outcome["job"])
         submitted.on_outcome(outcome)  # without the lock: it may come back to this writer
-
-
-def _search_path() -> list[str]:
-    """Returns `sys.path`, so that the writer finds this very package, though another copy may come first there."""
-    ours = Path(__file__).parents[1]
-    first = next((Path(path or ".") for path in sys.path if Path(path or ".", "offstep").is_dir()), ours)
-    return sys.path if first.absolute() == ours.absolute() else [str(ours), *sys.path]
-
-
-def _describe_false_start(status: int | None) -> str:
-    return "runs, but not as a writer" if status is None else f"ended at once, with status {status}"
-
-
-def _spool(text: bytes) -> int:
-    """Returns a descriptor of an anonymous file that holds `text`."""
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryFile() as file:
-            file.write(text)
-            file.flush()
-            return os.dup(file.fileno())
-    descriptor = os.memfd_create("offstep-plan", os.MFD_CLOEXEC)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(text)
-    return descriptor
