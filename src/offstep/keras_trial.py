@@ -51,7 +51,7 @@ class Stopwatch:
         self._first, self._drain = first, drain
         self.begun: list[float] = []
         self.ended: list[float] = []
-        self.opened_at = 0.0
+        self.opened_at = self.closed_at = 0.0
 
     def wrap(self, step: Step) -> Step:
         """Returns the train function with the clock around it."""
@@ -74,9 +74,26 @@ class Stopwatch:
         """Keeps the device busy."""
         _wait(self._work(self._square, rounds))
 
+    def close(self) -> None:
+        """Stops the clock, once nothing is in flight."""
+        self._drain()
+        self.closed_at = time.perf_counter()
+
     def read_gap(self, step: int) -> float:
         """Returns the seconds from the end of a step, counted from 1, to the begin of the next one."""
         return self.begun[step] - self.ended[step - 1]
+
+
+class Closing(keras.callbacks.Callback):  # type: ignore[misc]  # Keras carries no types
+    """Stops the clock at the end of `fit`, before what is done there once, however many saves there were."""
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        super().__init__()
+        self._close = close
+
+    def on_train_end(self, logs: object = None) -> None:
+        """Is called before that of the callback that is timed."""
+        self._close()
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ def run(spec: Spec) -> Trial:
     watch = Stopwatch()
     model.make_train_function()
     model.train_function = watch.wrap(model.train_function)
-    _train(model, _FIRST_STEPS)
+    _train(model, watch, _FIRST_STEPS)
     watch.rounds = _calibrate(model, watch, spec.step_seconds) if spec.rounds is None else spec.rounds
     before, gap = _run_plain(model, watch, spec.step_seconds)
     runs = [_run_saving(model, watch, spec, every, gap) for every in spec.every]
@@ -155,16 +172,16 @@ def make_model(state_bytes: int, leaves: int) -> Model:
     return model
 
 
-def _train(model: Model, steps: int, callback: Any = None) -> None:
+def _train(model: Model, watch: Stopwatch, steps: int, *callbacks: Any) -> None:  # of Keras
     samples = np.zeros((_BATCH_ROWS * steps, model.input_shape[1]), np.float32)
-    callbacks = [] if callback is None else [callback]
-    model.fit(samples, samples, batch_size=_BATCH_ROWS, shuffle=False, verbose=0, callbacks=callbacks)
+    callbacks = (Closing(watch.close), *callbacks)
+    model.fit(samples, samples, batch_size=_BATCH_ROWS, shuffle=False, verbose=0, callbacks=[*callbacks])
 
 
 def _calibrate(model: Model, watch: Stopwatch, step_seconds: float) -> int:
     """Returns how many rounds make a step as long as it shall be; 0 where it is longer anyway."""
     watch.begin(_FIRST_STEPS, lambda: None)
-    _train(model, 3 * _FIRST_STEPS)
+    _train(model, watch, 3 * _FIRST_STEPS)
     times = [end - begin for begin, end in zip(watch.begun, watch.ended, strict=True)]
     missing = step_seconds - median(times[_FIRST_STEPS:])
     if missing <= 0:
@@ -189,8 +206,8 @@ def _run_plain(model: Model, watch: Stopwatch, step_seconds: float) -> tuple[tup
     """Returns the seconds of each step without a callback, and of the gap between two."""
     steps = round(min(200, max(10, _PLAIN_SECONDS / step_seconds)))
     watch.begin(_FIRST_STEPS, lambda: None)
-    _train(model, _FIRST_STEPS + steps)
-    begun = [*watch.begun[_FIRST_STEPS:], time.perf_counter()]
+    _train(model, watch, _FIRST_STEPS + steps)
+    begun = [*watch.begun[_FIRST_STEPS:], watch.closed_at]
     gap = fmean(watch.read_gap(step) for step in range(_FIRST_STEPS, _FIRST_STEPS + steps))
     return tuple(end - begin for begin, end in itertools.pairwise(begun)), gap
 
@@ -208,18 +225,16 @@ def _run_saving(model: Model, watch: Stopwatch, spec: Spec, every: int, gap: flo
         drained.append(time.perf_counter() - watch.ended[-1])
 
     watch.begin(warmup, drain)
-    _train(model, steps, peer.callback)
-    peer.drain()
-    wall_seconds = time.perf_counter() - watch.opened_at
-    durable = peer.read_durable() if peer.read_durable else drained
+    _train(model, watch, steps, peer.callback)
+    finished = peer.read_durable() if peer.read_durable else drained[:1]
     commit.delete(directory)
     saved = range(warmup + every, steps, every)  # of them that a step follows
     return Run(
         every=every,
         saves=spec.saves,
-        wall_seconds=wall_seconds,
+        wall_seconds=watch.closed_at - watch.opened_at,
         call_seconds=tuple(max(0.0, watch.read_gap(step) - gap) for step in saved),
-        finished_seconds=tuple(durable[-spec.saves :]),
+        finished_seconds=tuple(finished[-spec.saves :]),
         steps=tuple(
             (begin - watch.opened_at, end - watch.opened_at)
             for begin, end in zip(watch.begun[warmup:], watch.ended[warmup:], strict=True)

@@ -1,0 +1,109 @@
+"""Which figures does the README show? Puts those of the newest results between its two marks, and draws its picture.
+
+    python benchmarks/figures.py            # after new results: `SOURCES` says which files they come from
+
+`tests/test_readme.py` compares README and picture with the results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from timeline import draw, read_lanes
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+PICTURE = HERE.parent / "docs/images/timeline.svg"
+BEGIN, END = "<!-- figures: python benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
+SOURCES = ("2026-11-21-vm-stall.json", "2026-11-21-vm-stall-keras-files.json")
+
+_HEAD = """\
+| state | saved by | training thread kept for | run lengthened by, per save (effective stall) | finished after |
+|---|---|---|---|---|
+"""
+_WORKLOADS = ("A", "B")
+_PEERS = {
+    "offstep": "**offstep**",
+    "orbax_checkpoint": "keras `OrbaxCheckpoint`",
+    "offstep_keras": "**offstep**, `.keras`",
+    "model_checkpoint": "keras `ModelCheckpoint`, `.keras`",
+}
+
+Row = dict[str, Any]  # of a file of results
+
+
+def main() -> None:
+    README.write_text(insert(README.read_text(), render()))
+    PICTURE.write_text(draw_picture())
+    print(README, PICTURE)
+
+
+def insert(text: str, table: str) -> str:
+    """Returns the text with the table between the marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"{README} has no {BEGIN.strip()} ... {END.strip()}")
+    return f"{before}{BEGIN}{table}{END}{after}"
+
+
+def render() -> str:
+    """Returns the table, and a line that says where and how it was measured."""
+    documents = _read()
+    return _HEAD + "".join(_rows(documents)) + f"\n{_describe(documents[0])}\n"
+
+
+def draw_picture() -> str:
+    """Returns the timeline of the first workload, as SVG."""
+    found = [workload for document in _read() for workload in document["workloads"]]
+    chosen = [workload for workload in found if workload["workload"]["name"] == _WORKLOADS[0]]
+    lanes = [lane for workload in chosen for lane in read_lanes(workload, list(_PEERS))]
+    about = chosen[0]["workload"]
+    title = f"{len(lanes[0].steps)} training steps, {about['question']}, saved every {about['save_freq']} steps"
+    return draw(title, lanes)
+
+
+def _read() -> list[dict[str, Any]]:  # JSON
+    return [json.loads((HERE / "results" / name).read_text()) for name in SOURCES]
+
+
+def _rows(documents: list[dict[str, Any]]) -> Iterator[str]:
+    for name in _WORKLOADS:
+        workloads = [found for document in documents for found in document["workloads"]]
+        chosen = [found for found in workloads if found["workload"]["name"] == name]
+        rows = {row["peer"]: row for found in chosen for row in found["rows"]}
+        shown = chosen[0]["workload"]["question"]
+        for peer, label in _PEERS.items():
+            if peer in rows:
+                yield f"| {shown} | {label} | {_figures(rows[peer])} |\n"
+                shown = ""
+
+
+def _figures(row: Row) -> str:
+    mark = "**" if row["peer"].startswith("offstep") else ""
+    stall, finished = row["stall_seconds"], row["durable_seconds"] or row["finished_seconds"]
+    outcome = "durable" if row["durable_seconds"] else "not durable"
+    spread = f"({stall['low'] * 1e3:,.0f} .. {stall['high'] * 1e3:,.0f})"
+    figures = [mark + _spell(seconds) + mark for seconds in (row["call_p50"], stall["median"], finished["median"])]
+    return "{} | {} {} | {}, {}".format(*figures[:2], spread, figures[2], outcome)
+
+
+def _describe(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("keras", "jax", "orbax-checkpoint"))
+    place = f"{machine['cores']} cores of an {machine['cpu']}, {machine['file_system'].split(' ')[0]}"
+    return (
+        f"Medians of {document['repeats']} runs (lowest .. highest), {document['date']}, {place}, {versions}: "
+        "`python benchmarks/bench_stall.py`."
+    )
+
+
+def _spell(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if abs(seconds) >= 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+if __name__ == "__main__":
+    main()
