@@ -55,6 +55,22 @@ def test_the_stall_of_a_save_is_no_part_of_a_batch() -> None:
     assert (summary.count, summary.seconds) == (1, 0.25)
 
 
+def test_the_wait_for_a_device_counts_with_the_batches_after_it() -> None:
+    clock = Clock()
+    times = BatchTimes(clock)
+    run(times, clock, [0.25, 0.25, 0.25])
+    times.begin(is_writing=False)
+    clock.now += 1.0  # of which 0.75 for three batches that were dispatched before
+    times.end(0.0, 0.75)
+    before = times.begin(is_writing=True)
+    assert before is not None
+    assert (before.count, before.seconds) == (2, 0.5)
+    times.end(0.0)
+    after = times.take()
+    assert after is not None
+    assert after.seconds == 0.75
+
+
 def test_a_long_run_needs_few_summaries_and_little_memory() -> None:
     clock = Clock()
     times = BatchTimes(clock)

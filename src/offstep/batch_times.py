@@ -49,6 +49,7 @@ class BatchTimes:
         self._warm_up_left = _WARM_UP_BATCHES
         self._mark: float | None = None  # beginning of the running batch
         self._is_writing = False
+        self._owed_seconds = 0.0
         self._seconds = self._max_seconds = 0.0
         self._clear(0.0)
 
@@ -63,11 +64,18 @@ class BatchTimes:
         self._mark, self._is_writing = now, is_writing
         return summary
 
-    def end(self, stall_seconds: float) -> None:
-        """Notes that the batch has ended, if one has begun; `stall_seconds` of it were not its own."""
+    def end(self, stall_seconds: float, compute_seconds: float = 0.0) -> None:
+        """Notes that the batch has ended, if one has begun.
+
+        Args:
+            stall_seconds: The part of it that was a save's.
+            compute_seconds: The part in which a save has waited for batches that were being computed. It counts with
+                the next batch: a host that runs ahead of its device is faster by that after a save.
+        """
         if self._mark is None:
             return
-        seconds = max(0.0, self._clock() - self._mark - stall_seconds)
+        seconds = max(0.0, self._clock() - self._mark - stall_seconds - compute_seconds) + self._owed_seconds
+        self._owed_seconds = compute_seconds
         self._mark = None
         self._count += 1
         self._seconds += seconds

@@ -24,6 +24,7 @@ from offstep.errors import (
     UnsupportedFormat,
     UnsupportedLeaf,
 )
+from offstep.run_report import DEFAULT_NAME, report
 from offstep.tables import make_console
 
 USAGE, NOTHING, UNSUITABLE, DAMAGED, REFUSED, INTERRUPTED = 2, 3, 4, 5, 6, 130
@@ -43,7 +44,7 @@ _CODES = """exit status:
   0  done; what was asked for is so
   1  diff: the checkpoints differ
   2  bad arguments
-  3  there is no checkpoint
+  3  there is no checkpoint, or no event log
   4  it is no checkpoint, one of a newer version, or one that does not fit
   5  damaged
   6  the system refused: permission, disk full, ...
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_retention(add)
     _add_making(add)
     _add_measuring(add)
+    _add_report(add)
     return parser
 
 
@@ -163,6 +165,17 @@ def _add_measuring(add: Add) -> None:
     command.add_argument("--saves", type=int, default=3, metavar="N", help="saves timed at each of these (default: 3)")
     command.add_argument("--budget", default="1%", metavar="SHARE", help="overhead that is fine (default: 1%%)")
     command.add_argument("--mtbf", metavar="TIME", help="mean time between failures, 24h say: how often is best then")
+
+
+def _add_report(add: Add) -> None:
+    command = add(
+        "report", report, "Makes a page of what saving has cost a run, and of what is durable, from its event log."
+    )
+    command.add_argument("path", type=Path, metavar="RUN", help="the event log, or the directory that it is in")
+    command.add_argument("out", type=Path, metavar="OUT", nargs="?", help=f"default: {DEFAULT_NAME} beside the log")
+    command.add_argument("--trace", type=Path, metavar="FILE", help="also write a trace for ui.perfetto.dev")
+    command.add_argument("--run", dest="run_name", metavar="NAME", help="which run of the log (default: the newest)")
+    command.add_argument("--force", action="store_true", help="replace files that are no reports")
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:

@@ -51,7 +51,7 @@ class Observer:
         self._step = 0  # after the last batch
         self._in_flight: deque[tuple[int, PendingSave]] = deque()  # with their numbers in the log
         self._stall_seconds = 0.0  # since the last epoch ended
-        self._stall_in_batch_seconds = 0.0
+        self._stall_in_batch_seconds = self._compute_in_batch_seconds = 0.0
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (self._path, self._on_durable)  # a copy of a callback follows its own saves
@@ -65,20 +65,21 @@ class Observer:
     def begin_batch(self) -> None:
         """Notes that a batch begins."""
         if self._log is not None:
-            self._stall_in_batch_seconds = 0.0
+            self._stall_in_batch_seconds = self._compute_in_batch_seconds = 0.0
             self._add_batches(self._batches.begin(is_writing=bool(self._in_flight)))
 
     def end_batch(self, step: int) -> None:
         """Notes that the batch has ended and that what was due after it is saved."""
         if self._log is not None:
             self._step = step
-            self._batches.end(self._stall_in_batch_seconds)
+            self._batches.end(self._stall_in_batch_seconds, self._compute_in_batch_seconds)
 
     def follow(self, pending: PendingSave) -> None:
         """Notes a snapshot that has just been taken."""
         stats = pending.stats
         self._stall_seconds += stats.stall_seconds
         self._stall_in_batch_seconds += stats.stall_seconds
+        self._compute_in_batch_seconds += stats.compute_seconds
         monitoring.record_event_duration_secs(STALL_EVENT, stats.stall_seconds)
         self._saves += 1
         self._in_flight.append((self._saves, pending))
