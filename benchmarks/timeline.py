@@ -20,6 +20,7 @@ WIDTH, LEFT, RIGHT = 960, 12, 12
 TOP, LANE, BAR = 58, 62, 24
 STYLE = """
 text { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+.page { fill: #ffffff; }
 .small { font-size: 12px; fill: #59636e; }
 .name { font-weight: 600; }
 .step { fill: #5b8db8; }
@@ -28,7 +29,8 @@ text { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .line { stroke: #8b949e; stroke-width: 1; }
 .usual { stroke: #59636e; stroke-width: 1.5; stroke-dasharray: 4 3; }
 @media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3; } .small { fill: #9198a1; } .step { fill: #4c7fa8; } .usual { stroke: #9198a1; }
+  .page { fill: #0d1117; } text { fill: #e6edf3; } .small { fill: #9198a1; }
+  .step { fill: #4c7fa8; } .usual { stroke: #9198a1; }
 }
 """
 LEGEND = (
@@ -102,7 +104,8 @@ def draw(title: str, lanes: Sequence[Lane]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
-        f'<text x="{LEFT}" y="20">{escape(title)}</text>',
+        f'<rect class="page" width="{WIDTH}" height="{height}" rx="6"/>',
+        f'<text x="{LEFT}" y="22">{escape(title)}</text>',
         *_legend(),
         *_axis(end, scale, height),
     ]
