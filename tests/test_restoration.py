@@ -336,6 +336,24 @@ def test_a_tree_comes_back_as_it_was(saved_tree: Path) -> None:
     assert report.step == 3
 
 
+def test_many_arrays_of_one_kind_are_put_together_and_may_be_donated(tmp_path: Path) -> None:
+    arrays = {("w", str(number)): np.full(3 + number // 300, number, np.float32) for number in range(310)}
+    step = save_arrays(tmp_path, 1, arrays)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for sharding in (None, device):
+        like = {
+            str(number): jax.ShapeDtypeStruct((3 + number // 300,), jnp.float32, sharding=sharding)
+            for number in range(310)
+        }
+        tree = offstep.restore({"w": like}, step).tree["w"]
+        assert [float(tree[str(number)][2]) for number in range(310)] == list(range(310))
+        assert {array.committed for array in tree.values()} == {sharding is not None}
+        address = tree["7"].unsafe_buffer_pointer()
+        raised = jax.jit(lambda array: array + 1, donate_argnums=0)(tree["7"])
+        assert raised.unsafe_buffer_pointer() == address
+        assert float(raised[0]) == 8.0
+
+
 def test_an_abstract_tree_is_filled(saved_tree: Path) -> None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

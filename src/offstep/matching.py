@@ -169,8 +169,7 @@ Partners = list[int | None]
 
 def _key(path: Path) -> Path:
     """What identifies a leaf: a frozen weight is the same one as a trainable one."""
-    texts = tuple(map(str, path))
-    return texts[1:] if texts and texts[0] in WEIGHT_GROUPS else texts
+    return tuple(map(str, path[1:] if path and path[0] in WEIGHT_GROUPS else path))
 
 
 def _match_by_name(stored: Sequence[tuple[Path, StoredLeaf]], paths: Sequence[Path]) -> Partners:
@@ -312,13 +311,13 @@ def _finish(
 
 
 def _find_difference(leaf: StoredLeaf, target: TargetLeaf, *, cast: bool) -> str:
+    if leaf.shape == target.shape and (leaf.dtype == target.dtype or cast):
+        return ""
     found, expected = f"{leaf.dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
     origin = "" if leaf.name == target.name else f" as {leaf.name}"
     if leaf.shape != target.shape:
         return f"the checkpoint holds {found}{origin}, expected {expected}; was the layer resized?"
-    if leaf.dtype != target.dtype and not cast:
-        return f"the checkpoint holds {found}{origin}, expected {expected}; pass cast=True to convert it"
-    return ""
+    return f"the checkpoint holds {found}{origin}, expected {expected}; pass cast=True to convert it"
 
 
 def is_forgivable(path: Path) -> bool:

@@ -21,6 +21,7 @@ BATCH_BYTES = 32 << 20
 
 _OVERWRITTEN_FROM_BYTES = 1 << 20
 _WORTH_COMPILING_BYTES = 32 << 20
+_MANY, _TOGETHER = 256, 16
 
 Array = Any  # jax.Array, np.ndarray or a Python number
 Index = tuple[slice, ...]
@@ -120,15 +121,14 @@ def choose_overwritten(leaves: Sequence[tuple[StoredLeaf, str]]) -> list[int]:
 
     Fresh memory costs up to 2 ms a MB at its first touch, for XLA's arrays; `renew` 10 to 20 ms for each shape.
     """
+    large = [number for number, (leaf, _) in enumerate(leaves) if leaf.size_bytes >= _OVERWRITTEN_FROM_BYTES]
     totals: Counter[tuple[tuple[int, ...], str]] = Counter()
-    for leaf, _ in leaves:
+    for leaf in (leaves[number][0] for number in large):
         totals[leaf.shape, leaf.dtype] += leaf.size_bytes
     return [
         number
-        for number, (leaf, dtype) in enumerate(leaves)
-        if leaf.dtype == dtype
-        and leaf.size_bytes >= _OVERWRITTEN_FROM_BYTES
-        and totals[leaf.shape, leaf.dtype] >= _WORTH_COMPILING_BYTES
+        for number, (leaf, dtype) in ((number, leaves[number]) for number in large)
+        if leaf.dtype == dtype and totals[leaf.shape, leaf.dtype] >= _WORTH_COMPILING_BYTES
     ]
 
 
@@ -187,15 +187,40 @@ def _place_batch(reader: Reader, batch: list[int], pairs: Sequence[Pair], thread
             arrays[at] = _join(plans[at], parts[at], destination)
         else:
             simple.append(at)
-    shardings = [pairs[batch[at]][1].sharding for at in simple]
-    # One for all is looked at once.
-    common: Any = shardings[0] if len(set(shardings)) == 1 else shardings
-    put = jax.device_put([parts[at][0] for at in simple], common)
-    for at, array in zip(simple, put, strict=True):
-        arrays[at] = array
+    for at, array in _put([(parts[at][0], pairs[batch[at]][1].sharding) for at in simple]):
+        arrays[simple[at]] = array
     # The host copies go away with this call: the devices must have them.
     jax.block_until_ready([array for array in arrays if isinstance(array, jax.Array)])  # type: ignore[no-untyped-call]
     return [(number, _as_keys(array, *pairs[number])) for number, array in zip(batch, arrays, strict=True)]
+
+
+def _put(hosts: Sequence[tuple[np.ndarray, jax.sharding.Sharding | None]]) -> Iterator[tuple[int, jax.Array]]:
+    """Puts whole arrays on devices; yields each with its index.
+
+    Many of one kind go through a compiled program that does nothing: its arguments are put there in a third of the time
+    that `device_put` takes, which pays for its compilation.
+    """
+    kinds: dict[tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding | None], list[int]] = {}
+    for number, (host, sharding) in enumerate(hosts):
+        kinds.setdefault((host.shape, host.dtype, sharding), []).append(number)
+    others: list[int] = []
+    for (_, _, sharding), numbers in kinds.items():
+        count = len(numbers) // _TOGETHER * _TOGETHER if len(numbers) >= _MANY else 0
+        for start in range(0, count, _TOGETHER):
+            together = numbers[start : start + _TOGETHER]
+            yield from zip(together, _make_pass(sharding)(*(hosts[number][0] for number in together)), strict=True)
+        others += numbers[count:]
+    if not others:
+        return
+    shardings = [hosts[number][1] for number in others]
+    # One for all is looked at once.
+    common: Any = shardings[0] if len(set(shardings)) == 1 else shardings
+    yield from zip(others, jax.device_put([hosts[number][0] for number in others], common), strict=True)
+
+
+@lru_cache(maxsize=16)
+def _make_pass(sharding: jax.sharding.Sharding | None) -> Callable[..., tuple[jax.Array, ...]]:
+    return jax.jit(lambda *arrays: arrays, out_shardings=sharding)
 
 
 def _plan(leaf: StoredLeaf, destination: Destination) -> list[Region]:

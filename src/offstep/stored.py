@@ -43,7 +43,7 @@ class StoredLeaf:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * as_dtype(self.dtype).itemsize
+        return _size_of(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Reader(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+@lru_cache(maxsize=4096)  # thousands of leaves have a few dozen shapes
+def _size_of(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * as_dtype(dtype).itemsize
 
 
 @lru_cache  # thousands of leaves have a handful of dtypes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from offstep.stored import Region, StoredLeaf, as_dtype
 _RUN_BYTES = 4 << 20
 _RUN_GAP_BYTES = 4096
 _BLOCK_BYTES = 1 << 20  # of a check: what has been read is still in the cache when its checksum is taken
+_KEPT_BYTES = 32 << 20  # what a check has read is kept up to this size, for the reading that follows it
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class ImageReader:
             key[: -len(ending)].decode(): parse_array(_inline(value)) for key, value in documents
         }
         self._descriptors: dict[str, int] = {}
+        self._kept: dict[tuple[str, int], np.ndarray] = {}  # checked chunks by file and offset
         try:
             self._open_files()
         except BaseException:
@@ -118,6 +120,7 @@ class ImageReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
+        self._kept = {}
 
     def read(
         self, wanted: Sequence[tuple[str, Region]], threads: int, into: Sequence[np.ndarray] | None = None
@@ -134,13 +137,17 @@ class ImageReader:
                 results.append(_NOTHING)  # to be replaced by a view of what is read
             else:
                 results.append(make_array(region.shape, as_dtype(region.leaf.dtype)))
-        run_all(lambda run: self._fetch(run, results), _group(pieces), threads)
+        missing = [piece for piece in pieces if not self._take_kept(piece, results)]
+        run_all(lambda run: self._fetch(run, results), _group(missing), threads)
         return results
 
     def verify(self, names: Iterable[tuple[str, StoredLeaf]], threads: int) -> None:
         """Checks the chunks of the named arrays; see `stored.Reader.verify`."""
         pieces = [piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0)]
-        run_all(self._check, _group(pieces), threads)
+        if sum(piece.size for piece in pieces) <= _KEPT_BYTES:
+            run_all(self._keep, _group(pieces), threads)
+        else:
+            run_all(self._check_all, _spread(_group(pieces), threads), threads)
 
     def _open_files(self) -> None:
         ends: dict[str, int] = {}
@@ -190,10 +197,17 @@ class ImageReader:
                 self._read_into(part, run[0])
                 return
         for piece, chunk in self._load(run):
-            if results[piece.number] is _NOTHING:
-                results[piece.number] = chunk
-            else:
-                _part(results, piece)[...] = chunk if piece.cut is None else chunk[piece.cut.source]
+            _fill(results, piece, chunk)
+
+    def _keep(self, run: list[_Piece]) -> None:
+        for piece, chunk in self._load(run):
+            self._kept[piece.file, piece.offset] = chunk
+
+    def _take_kept(self, piece: _Piece, results: list[np.ndarray]) -> bool:
+        chunk = self._kept.get((piece.file, piece.offset))
+        if chunk is not None:
+            _fill(results, piece, chunk)
+        return chunk is not None
 
     def _load(self, run: list[_Piece]) -> Iterator[tuple[_Piece, np.ndarray]]:
         """Reads neighbouring chunks at once and yields each after checking it."""
@@ -227,6 +241,10 @@ class ImageReader:
         self._read_fully(piece, checksum, piece.offset + piece.size - CRC_BYTES)
         return checksum.tobytes()
 
+    def _check_all(self, runs: list[list[_Piece]]) -> None:
+        for run in runs:
+            self._check(run)
+
     def _check(self, run: list[_Piece]) -> None:
         if len(run) > 1:
             for _ in self._load(run):
@@ -256,9 +274,10 @@ class ImageReader:
 
 
 _NOTHING = np.empty(0, np.uint8)
+_T = TypeVar("_T")
 
 
-def run_all(task: Callable[[list[_Piece]], None], runs: Sequence[list[_Piece]], threads: int) -> None:
+def run_all(task: Callable[[list[_T]], None], runs: Sequence[list[_T]], threads: int) -> None:
     """Does all tasks, several at a time; the first failure is raised when none is at work any longer."""
     if len(runs) <= 1 or threads == 1:
         for run in runs:
@@ -296,6 +315,20 @@ def _group(pieces: list[_Piece]) -> list[list[_Piece]]:
     return runs
 
 
+def _spread(runs: list[list[_Piece]], threads: int) -> list[list[list[_Piece]]]:
+    """Gives each thread a part of the file that lies in one piece: reading ahead helps those who read in order."""
+    limit = sum(piece.size for run in runs for piece in run) / threads
+    parts: list[list[list[_Piece]]] = [[]]
+    size = 0.0
+    for run in runs:
+        if size >= limit:
+            parts.append([])
+            size -= limit
+        parts[-1].append(run)
+        size += sum(piece.size for piece in run)
+    return parts
+
+
 def _cut(position: tuple[int, ...], axes: Sequence[tuple[tuple[int, int], int]]) -> _Cut:
     source, target = [], []
     for index, ((start, stop), part) in zip(position, axes, strict=True):
@@ -303,6 +336,14 @@ def _cut(position: tuple[int, ...], axes: Sequence[tuple[tuple[int, int], int]])
         source.append(slice(low - index * part, high - index * part))
         target.append(slice(low - start, high - start))
     return _Cut(tuple(source), tuple(target))
+
+
+def _fill(results: list[np.ndarray], piece: _Piece, chunk: np.ndarray) -> None:
+    """Puts what is wanted of a chunk where it is wanted, or the chunk itself where nobody has memory for it."""
+    if results[piece.number] is _NOTHING:
+        results[piece.number] = chunk
+    else:
+        _part(results, piece)[...] = chunk if piece.cut is None else chunk[piece.cut.source]
 
 
 def _part(results: Sequence[np.ndarray], piece: _Piece) -> np.ndarray:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
@@ -33,8 +33,7 @@ class UnknownLayout(Exception):
     """The database uses a part of the format that is not decoded here."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileRange:
+class FileRange(NamedTuple):
     """A value that lies in a data file, named relative to the database."""
 
     file: str
