@@ -23,20 +23,12 @@ import psutil
 from model import Shape
 from oracle import Claims, Found, judge
 from peers import Peer
-from verdict import Verdict
+from verdict import Ended, Hung, Verdict
 
 HERE = Path(__file__).parent
 DEADLINE_SECONDS = 90.0
 _START_SECONDS = 120.0
 _PR_SET_CHILD_SUBREAPER = 36
-
-
-class Hung(Exception):
-    """Something was not over by its deadline."""
-
-
-class Ended(Exception):
-    """A process ended before it said what was waited for."""
 
 
 class Bench:
@@ -326,6 +318,12 @@ class Trainee:
             while True:
                 self.hear(max(0.0, deadline - time.monotonic()))
         return self.process.wait(max(0.0, deadline - time.monotonic()))
+
+    def drain(self) -> None:
+        """Takes in what it has said so far, so that its pipe does not fill."""
+        with suppress(Hung, Ended):
+            while True:
+                self.hear(0)
 
     def writers(self) -> list[int]:
         """Returns the processes that it has started."""

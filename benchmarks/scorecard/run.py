@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from bench import Bench  # noqa: E402
 from disks import sweep  # noqa: E402
-from machine import describe_machine, free_path  # noqa: E402
+from machine import describe_machine, free_path, today  # noqa: E402
 from peers import ALL, PEERS, Peer  # noqa: E402
 from scenario import Scenario, collect_scenarios  # noqa: E402
 from verdict import Tally  # noqa: E402
@@ -51,33 +51,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, help="where results go (benchmarks/results; with --quick or sabotage, DIR)"
     )
+    parser.add_argument("--into", type=Path, help="an earlier result, whose scenarios of these names are replaced")
     options = parser.parse_args(arguments)
     options.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is mounted must be unmounted
     sweep(options.dir)
-    lines: list[str] = []
+    path, data = open_results(options)
     with Bench(options.dir, sabotage=options.sabotage, wrapper=options.wrapper) as bench:
-        results = [run_scenario(bench, scenarios[name], options, lines) for name in options.scenarios]
+        for name in options.scenarios:
+            data["scenarios"][name] = run_scenario(bench, scenarios[name], options)
+            path.write_text(json.dumps(data, indent=1))
+            path.with_suffix(".txt").write_text(render(data))
+    print(f"everything: {path}")
+    ours = [row for name in options.scenarios for peer, row in _rows(data, name) if PEERS[peer].is_ours]
+    return 0 if all(row["is_clean"] for row in ours) else 1
+
+
+def open_results(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:  # JSON
+    """Returns where results go, and those that are there already."""
+    if options.into is not None:
+        return options.into, json.loads(options.into.read_text())
+    machine = describe_machine(options.dir)
     is_real = not (options.quick or options.sabotage or options.wrapper)
     folder = options.results or (RESULTS if is_real else options.dir)
-    print(f"everything: {write(folder, results, lines, options)}")
-    return int(
-        any(PEERS[name].is_ours and not is_clean for each in results for name, is_clean in each["clean"].items())
-    )
+    how = {name: getattr(options, name) for name in ("seed", "quick", "sabotage", "wrapper")}
+    path = free_path(folder, f"{machine['name']}-scorecard")
+    return path, {"machine": machine, "date": today(), **how, "scenarios": {}}
 
 
-def run_scenario(
-    bench: Bench, scenario: Scenario, options: argparse.Namespace, lines: list[str]
-) -> dict[str, Any]:  # JSON
-    """Runs one scenario with all its peers and returns it as JSON."""
-    _say(f"{scenario.name}: {scenario.question}", lines)
-    result: dict[str, Any] = {"name": scenario.name, "question": scenario.question, "peers": {}, "clean": {}}
+def run_scenario(bench: Bench, scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:  # JSON
+    """Runs one scenario with all its peers, and prints what comes of it."""
+    print(f"{scenario.name}: {scenario.question}", flush=True)
+    result: dict[str, Any] = {"question": scenario.question, "peers": {}}
     for name in (name for name in options.peers if name in scenario.peers):
         started = time.monotonic()
         tally = run_peer(bench, scenario, PEERS[name], options)
-        result["peers"][name] = asdict(tally) | {"seconds": round(time.monotonic() - started, 1)}
-        result["clean"][name] = tally.is_clean
-        _say(f"    {PEERS[name].label:30} {tally}", lines)
+        seconds = round(time.monotonic() - started, 1)
+        row = asdict(tally) | {"text": str(tally), "is_clean": tally.is_clean, "seconds": seconds}
+        result["peers"][name] = row
+        print(_line(name, row), flush=True)
     return result
 
 
@@ -92,27 +104,21 @@ def run_peer(bench: Bench, scenario: Scenario, peer: Peer, options: argparse.Nam
     return Tally.of(scenario.run(bench, peer, trials))
 
 
-def write(
-    folder: Path, results: list[dict[str, Any]], lines: list[str], options: argparse.Namespace
-) -> Path:  # JSON objects
-    """Keeps the results as JSON and the lines as text; an earlier result is never replaced."""
-    machine = describe_machine(options.dir)
-    path = free_path(folder, f"{machine['name']}-scorecard")
-    data = {
-        "machine": machine,
-        "seed": options.seed,
-        "quick": options.quick,
-        "sabotage": options.sabotage,
-        "scenarios": results,
-    }
-    path.write_text(json.dumps(data, indent=1))
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-    return path
+def render(data: dict[str, Any]) -> str:  # JSON
+    """Returns the results as text."""
+    texts = []
+    for name, scenario in data["scenarios"].items():
+        lines = [f"{name}: {scenario['question']}", *(_line(peer, row) for peer, row in _rows(data, name))]
+        texts.append("\n".join(lines) + "\n")
+    return "\n".join(texts)
 
 
-def _say(line: str, lines: list[str]) -> None:
-    print(line, flush=True)
-    lines.append(line)
+def _rows(data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    return list(data["scenarios"][name]["peers"].items())
+
+
+def _line(peer: str, row: dict[str, Any]) -> str:
+    return f"    {PEERS[peer].label:30} {row['text']}"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import Bench, Hung
+from bench import Bench
 from peers import ALL, Peer
-from verdict import Verdict
+from verdict import Ended, Hung, Verdict, judge_accident
 
 Trial = Callable[[Bench, Peer, int], Verdict]
 
@@ -44,21 +44,21 @@ class Scenario:
 
 
 def repeat(trial: Trial) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
-    """Makes the trials of a scenario from a function for one, given its number; one that hangs is such a verdict."""
+    """Makes the trials of a scenario from a function for one, given its number; one that hangs has such a verdict."""
 
     def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
         for number in range(count):
-            yield judge_hanging(lambda number=number: trial(bench, peer, number))
+            yield judge(lambda number=number: trial(bench, peer, number))
 
     return run
 
 
-def judge_hanging(trial: Callable[[], Verdict]) -> Verdict:
-    """Runs one trial; that something hung is its verdict."""
+def judge(trial: Callable[[], Verdict]) -> Verdict:
+    """Runs one trial; that something hung, or ended too early, is its verdict."""
     try:
         return trial()
-    except Hung as error:
-        return Verdict(is_hung=True, detail=str(error))
+    except (Hung, Ended) as error:
+        return judge_accident(error)
 
 
 def collect_scenarios() -> dict[str, Scenario]:

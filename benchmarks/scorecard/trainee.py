@@ -112,7 +112,7 @@ class Trainee:
     def wait_now_and_then(self, wait: Callable[[], object]) -> None:
         """Waits for asynchronous saves as a user would who wants to know, and reports them."""
         pending = self.submitted[self.waited :]
-        if pending and self.spec.first_step + self.batch > pending[-1] + _WAIT_AFTER_BATCHES:
+        if pending and self.spec.first_step + self.batch > pending[0] + _WAIT_AFTER_BATCHES:
             wait()
             self.report_all()
 
@@ -252,6 +252,7 @@ def make_orbax_checkpoint(trainee: Trainee) -> Any:  # a Keras callback
 
     class Telling(keras.callbacks.OrbaxCheckpoint):
         def _save_checkpoint(self, step: int, logs: dict[str, float] | None = None) -> None:
+            step = int(self.model.optimizer.iterations)  # after an epoch it would be the number of that
             super()._save_checkpoint(step, logs)
             trainee.submit(step)
 

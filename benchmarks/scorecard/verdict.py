@@ -10,6 +10,14 @@ class Skipped(Exception):
     """A scenario cannot be run on this machine; the text is the reason."""
 
 
+class Hung(Exception):
+    """Something was not over by its deadline."""
+
+
+class Ended(Exception):
+    """A process ended before it said what was waited for; the text is what it wrote to stderr."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one trial showed; without any fault it was survived.
@@ -36,6 +44,13 @@ class Verdict:
         return not (self.lost_bytes or self.is_silent or self.is_unreported or self.is_hung or self.fault)
 
 
+def judge_accident(error: Hung | Ended) -> Verdict:
+    """Returns the verdict on a trial that did not come to its end."""
+    if isinstance(error, Hung):
+        return Verdict(is_hung=True, detail=str(error))
+    return Verdict(fault="a process ended too early", detail=str(error)[-500:])
+
+
 @dataclass
 class Tally:
     """All trials of one scenario with one peer."""
@@ -58,6 +73,8 @@ class Tally:
                 tally.add(verdict)
         except Skipped as reason:
             tally.skipped = str(reason)
+        except (Hung, Ended) as error:
+            tally.add(judge_accident(error))
         return tally
 
     def add(self, verdict: Verdict) -> None:

@@ -3,7 +3,8 @@
 The trainee installs it; the writer finds what to do in its environment, as JSON:
 
     point, nth, after, always: as in `failing_disk.Plan`
-    action: "die", "die_once" (with `marker`), "die_with_trainer", or the number of an errno
+    action: "die", "die_once" or "die_with_trainer" (both leave a file `marker`), or the number of an errno
+    clock_seconds: how far its clock is moved
     sabotage: names in `SABOTAGE`, by which the scorecard shows that it can fail
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,8 @@ def main() -> None:
     orders = json.loads(os.environ[_VARIABLE])
     if "point" in orders:
         disk.calls = _plan(orders).calls()
+    if "clock_seconds" in orders:
+        _move_clock(orders["clock_seconds"])
     for name in orders.get("sabotage", ()):
         SABOTAGE[name]()
     worker.main()
@@ -55,10 +59,20 @@ def _action(orders: dict[str, Any]) -> Callable[[], None]:
         return failing_disk.fail_with(action)
     if action == "die_once":
         return failing_disk.die_once(Path(orders["marker"]))
-    return {"die": failing_disk.die, "die_with_trainer": _die_with_trainer}[action]
+    if action == "die_with_trainer":
+        return lambda: _die_with_trainer(Path(orders["marker"]))
+    assert action == "die", action
+    return failing_disk.die
 
 
-def _die_with_trainer() -> None:
+def _move_clock(seconds: float) -> None:
+    true_time, true_ns = time.time, time.time_ns
+    time.time = lambda: true_time() + seconds
+    time.time_ns = lambda: true_ns() + int(seconds * 1e9)
+
+
+def _die_with_trainer(marker: Path) -> None:
+    marker.touch()
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
