@@ -48,12 +48,12 @@ def repeat(trial: Trial) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
 
     def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
         for number in range(count):
-            yield judge(lambda number=number: trial(bench, peer, number))
+            yield judge_hanging(lambda number=number: trial(bench, peer, number))
 
     return run
 
 
-def judge(trial: Callable[[], Verdict]) -> Verdict:
+def judge_hanging(trial: Callable[[], Verdict]) -> Verdict:
     """Runs one trial; that something hung, or ended too early, is its verdict."""
     try:
         return trial()

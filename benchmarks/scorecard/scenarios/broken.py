@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import DEADLINE_SECONDS, Bench
 from model import Shape
 from peers import DIRECTORIES, OURS, Peer
-from scenario import Scenario, judge
+from scenario import Scenario, judge_hanging
 from verdict import Ended, Skipped, Verdict
 
 _SAVED = (5, 10, 15)
@@ -53,7 +53,7 @@ def _break_newest(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
         damages = _DAMAGES if len(files) > 1 else [damage for damage in _DAMAGES if damage is not _remove]
         cases = [(file, damage) for file in files for damage in damages][:count]
         for file, damage in cases:
-            yield judge(lambda: _try(bench, peer, directory, file, damage))  # noqa: B023
+            yield judge_hanging(lambda: _try(bench, peer, directory, file, damage))  # noqa: B023
 
 
 def _try(bench: Bench, peer: Peer, directory: Path, file: Path, damage: Callable[[Path], None]) -> Verdict:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from bench import Bench
 from peers import OURS, Peer
-from scenario import Scenario, judge
+from scenario import Scenario, judge_hanging
 from verdict import Verdict
 
 _STRIDE = 11  # with few trials
@@ -20,7 +20,7 @@ def _kill_at_each(action: str) -> Callable[[Bench, Peer, int], Iterator[Verdict]
         stride = 1 if count > _STRIDE else _STRIDE
         for nth in itertools.islice(itertools.count(1, stride), count):
             is_reached: list[bool] = []
-            yield judge(lambda: _try(bench, peer, action, nth, is_reached))  # noqa: B023
+            yield judge_hanging(lambda: _try(bench, peer, action, nth, is_reached))  # noqa: B023
             if is_reached == [False]:
                 return
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import Bench, Trainee
 from peers import ALL, Peer
-from scenario import Scenario, judge
+from scenario import Scenario, judge_hanging
 from verdict import Verdict
 
 
@@ -57,7 +57,7 @@ def _try_all(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
     takes_templates = peer.in_fit and peer.name != "orbax_checkpoint"
     cases = [case for case in _CASES if takes_templates or case.template is None]
     for case in cases[:count]:
-        yield judge(lambda: _try(bench, peer, case))  # noqa: B023
+        yield judge_hanging(lambda: _try(bench, peer, case))  # noqa: B023
 
 
 def _try(bench: Bench, peer: Peer, case: Case) -> Verdict:
