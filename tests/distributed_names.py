@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from offstep.keras_state import describe_state
+from offstep.keras_names import describe_state
 
 
 def name_leaves() -> list[tuple[str, ...]]:

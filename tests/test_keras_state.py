@@ -21,7 +21,9 @@ import pytest
 import zoo
 from keras import layers
 
+from offstep.keras_names import KerasState, describe_state
 from offstep.keras_rebuild import (
+    GROUPS,
     collect_assets,
     deserialize_model,
     find_saving_lib,
@@ -29,7 +31,7 @@ from offstep.keras_rebuild import (
     serialize_model,
     take_inventory,
 )
-from offstep.keras_state import GROUPS, KerasState, describe_state, live_arrays, live_state, state_signature
+from offstep.keras_state import live_arrays, live_state, state_signature
 
 Model = Any  # Keras carries no types
 

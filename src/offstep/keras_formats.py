@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from offstep import keras_files, keras_state
+from offstep import keras_files, keras_names, keras_state
 from offstep.keras_files import FilePlan
 from offstep.keras_rebuild import Model
 from offstep.records import Leaf, PathKey
@@ -74,7 +74,7 @@ def _find_frozen(model: Model) -> range:
 
 
 def _describe_directory(model: Model, arrays: Sequence[Array], weights_only: bool, frozen: range) -> Form:
-    state = keras_state.describe_state(model, weights_only=weights_only)
+    state = keras_names.describe_state(model, weights_only=weights_only)
     leaves = [describe_leaf(path, array) for path, array in zip(state.paths, arrays, strict=True)]
     documents = None
     if state.config is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from offstep import keras_state
+from offstep import keras_names, keras_state
 from offstep.errors import StructureMismatch
 from offstep.keras_files import plan_file
 from offstep.keras_rebuild import GROUPS, list_layers, list_variables
@@ -90,7 +90,7 @@ def open_model(model: Model, contents: Contents) -> ModelTarget:
         optimizer.build(model.trainable_variables)
     variables = [(v, group) for group in GROUPS for v in list_variables(model, group)]
     leaves = tuple(_describe(variable, group) for variable, group in variables)
-    return ModelTarget(model, leaves, tuple(v for v, _ in variables), lambda: keras_state.describe_state(model).paths)
+    return ModelTarget(model, leaves, tuple(v for v, _ in variables), lambda: keras_names.describe_state(model).paths)
 
 
 def name_leaves(target: ModelTarget, contents: Contents) -> tuple[list[tuple[Path, StoredLeaf]], str]:
