@@ -117,17 +117,19 @@ def _lay_out(leaf: Leaf, offset: int, *, chunk_shape: tuple[int, ...] | None = N
     )
 
 
-def choose_chunk_shape(shape: tuple[int, ...], shard_shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Returns a chunk shape whose chunks are contiguous in their shard and near `CHUNK_TARGET_BYTES`.
+def choose_chunk_shape(
+    shape: tuple[int, ...], shard_shape: tuple[int, ...], itemsize: int, target_bytes: int = CHUNK_TARGET_BYTES
+) -> tuple[int, ...]:
+    """Returns a chunk shape whose chunks are contiguous in their shard and near `target_bytes`.
 
     A chunk never crosses a shard. Only leaves that are not sharded may have a padded last chunk.
     """
     chunk = [max(1, size) for size in shard_shape]  # zarr has no chunks of size 0, not even where there are no elements
     for axis, rows in enumerate(shard_shape):
         row_bytes = math.prod(shard_shape[axis + 1 :]) * itemsize
-        if rows * row_bytes <= CHUNK_TARGET_BYTES:
+        if rows * row_bytes <= target_bytes:
             break
-        fitting_rows = CHUNK_TARGET_BYTES // row_bytes
+        fitting_rows = target_bytes // row_bytes
         if fitting_rows > 1:
             may_pad = rows == shape[axis]
             chunk[axis] = _rows_per_chunk(rows, fitting_rows, may_pad=may_pad)
@@ -157,8 +159,23 @@ def copy_table(plan: Plan) -> np.ndarray:
     source = 0
     for layout in plan.leaves:
         rows.extend(_leaf_entries(layout, source))
-        source += shard_count(layout.leaf)
+        source += len(list_shards(layout))
     return np.array(rows, dtype=COPY_ENTRY)
+
+
+def list_shards(layout: LeafLayout) -> list[int]:
+    """Returns which shards of the leaf its chunks in the slot are taken from, in C order over the shard grid."""
+    if layout.chunks is None:
+        return list(range(shard_count(layout.leaf)))
+    return sorted({find_shard(layout, number) for number in layout.chunks})
+
+
+def find_shard(layout: LeafLayout, number: int) -> int:
+    """Returns which shard a chunk lies in; both are numbers in C order over their grids."""
+    shard_shape = layout.leaf.shard_shape or layout.leaf.shape
+    index = np.unravel_index(number, layout.grid)
+    position = [at * part // own for at, part, own in zip(index, layout.chunk_shape, shard_shape, strict=True)]
+    return int(np.ravel_multi_index(position, shard_grid(layout.leaf))) if position else 0
 
 
 def shard_count(leaf: Leaf) -> int:
@@ -174,29 +191,28 @@ def shard_grid(leaf: Leaf) -> tuple[int, ...]:
 
 def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
     leaf = layout.leaf
-    if layout.chunk_count == 1 and shard_count(leaf) == 1:
+    if layout.chunks is None and layout.chunk_count == 1 and shard_count(leaf) == 1:
         yield 0, layout.offset, layout.chunk_bytes, 0, first_source, _WITH_CRC
         return
-    if layout.chunk_count == 1:
+    if layout.chunks is None and layout.chunk_count == 1:
         yield from _shard_entries(layout, first_source)
         return
     itemsize = item_bytes(leaf.dtype)
     shard_shape = leaf.shard_shape or leaf.shape
-    shards = shard_grid(leaf)
+    sources = {shard: first_source + at for at, shard in enumerate(list_shards(layout))}
     strides = [math.prod(shard_shape[axis + 1 :]) for axis in range(len(shard_shape))]
-    shard_strides = [math.prod(shards[axis + 1 :]) for axis in range(len(shards))]
-    for number, index in enumerate(np.ndindex(*layout.grid)):
-        start = [i * part for i, part in zip(index, layout.chunk_shape, strict=True)]
+    for at, number in enumerate(layout.numbers):
+        index = np.unravel_index(number, layout.grid)
+        start = [int(i) * part for i, part in zip(index, layout.chunk_shape, strict=True)]
         local = [at % part for at, part in zip(start, shard_shape, strict=True)]
-        shard = sum(at // part * stride for at, part, stride in zip(start, shard_shape, shard_strides, strict=True))
         extent = [min(part, whole - at) for part, whole, at in zip(layout.chunk_shape, leaf.shape, start, strict=True)]
         size = math.prod(extent) * itemsize
         yield (
             sum(at * stride for at, stride in zip(local, strides, strict=True)) * itemsize,
-            layout.offset + number * layout.stride_bytes,
+            layout.offset + at * layout.stride_bytes,
             size,
             layout.chunk_bytes - size,
-            first_source + shard,
+            sources[find_shard(layout, number)],
             _WITH_CRC,
         )
 

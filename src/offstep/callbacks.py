@@ -19,6 +19,7 @@ from offstep.checkpointer import check_full_every
 from offstep.destination import Destination
 from offstep.engine import Engine
 from offstep.errors import SaveFailed, SaveTimeout
+from offstep.holders import spans_processes
 from offstep.keras_decisions import DecidingCheckpoint, Stock
 from offstep.keras_resume import Event, Moment, Resumption
 from offstep.observation import Observer, OnDurable, describe_costs
@@ -98,6 +99,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         save_on_preemption: When SIGTERM comes, save at the end of the batch, wait until that is durable, and only then
             let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`.
         preemption_seconds: How long after SIGTERM that has to be done.
+        commit_seconds: Where several processes train (`jax.distributed`): how long after its snapshot a save may take
+            until all have written their shares. After that it fails, and names who is missing.
         takeover: Save here though another live run does, whose later saves fail; without it `fit` refuses to begin.
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
@@ -141,6 +144,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         overhead_budget: str | float | None = None,
         retry_seconds: float = 30.0,
         takeover: bool = False,
+        commit_seconds: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
         resume: bool = False,
         exit_seconds: float = 300.0,
@@ -182,6 +186,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             retry_seconds=retry_seconds,
             exit_seconds=exit_seconds,
             private=private,
+            commit_seconds=commit_seconds,
         )
         if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
@@ -592,6 +597,8 @@ class ModelCheckpoint(DecidingCheckpoint):
             weights_only=self.save_weights_only,
             skip_unchanged=self._skip_unchanged,
         )
+        if any(map(spans_processes, arrays)):
+            self._refuse_own_decisions()
         for note in form.notes:
             self._tell_once(note)
         self._order, self._iteration_index = form.order, form.iteration_index
@@ -607,6 +614,17 @@ class ModelCheckpoint(DecidingCheckpoint):
         )
         self._steps.divisor = keras_state.batches_per_iteration(self._model)
         self._correct_steps()
+
+    def _refuse_own_decisions(self) -> None:
+        """Raises a `ValueError` where several processes would not all decide to save the same steps."""
+        rule = "several processes have to save the same steps, so that none may decide by what only it can tell"
+        if self._decides_by_clock:
+            raise ValueError(
+                f"{rule}: a clock. Give save_freq in batches or epochs. Received: save_freq={self.save_freq!r}"
+                + ("" if self._frequency is None else " and overhead_budget")
+            )
+        if self._preemption is not None:
+            raise ValueError(f"{rule}: a signal. Received: save_on_preemption=True")
 
     def _correct_steps(self) -> None:
         """Waits for the last step to be computed; between epochs that costs nothing worth mentioning."""

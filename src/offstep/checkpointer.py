@@ -61,6 +61,8 @@ class Checkpointer:
             an error; later saves wait for it.
         exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
         private: Only the owner of the process may read the checkpoints (modes 0600 and 0700); else the umask decides.
+        commit_seconds: Where several processes train (`jax.distributed`): how long after its snapshot a save may take
+            until all have written their shares. After that it fails, and names who is missing.
         takeover: Save here though another live run does, whose later saves fail. Without it the first `save` refuses.
 
     Raises:
@@ -98,6 +100,7 @@ class Checkpointer:
         exit_seconds: float = 300.0,
         private: bool = False,
         takeover: bool = False,
+        commit_seconds: float = 300.0,
     ) -> None:
         self._takeover = takeover
         policy.refuse_remote(os.fspath(directory), "directory")
@@ -121,6 +124,7 @@ class Checkpointer:
             retry_seconds=retry_seconds,
             exit_seconds=exit_seconds,
             private=private,
+            commit_seconds=commit_seconds,
         )
         self._engine = Engine(options)
         self.directory = Path(directory).absolute()

@@ -101,6 +101,11 @@ def refuse_foreign(final: Path) -> None:
     raise FileExistsError(errno.EEXIST, text, str(final))
 
 
+def staging_path(final: Path, tag: str) -> Path:
+    """Returns where a directory is written before it has its final name."""
+    return final.with_name(f"{final.name}{OUR_MARK}{tag}")
+
+
 class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 
@@ -120,7 +125,7 @@ class StagedDirectory:
         if final.exists() and not final.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file is where the checkpoint shall go", str(final))
         self.final = final
-        self.path = final.with_name(f"{final.name}{OUR_MARK}{tag or secrets.token_hex(8)}")
+        self.path = staging_path(final, tag or secrets.token_hex(8))
         self._file_mode, self._directory_mode = (0o600, 0o700) if private else (0o666, 0o777)
         self._files: list[int] = []  # open until synced: an error of writing back is told to these
         self._directories: dict[str, int] = {}  # descriptors by relative path
@@ -186,6 +191,25 @@ class StagedDirectory:
             raise FileNotFoundError(errno.ENOENT, "the file has been replaced", str(file.path))
         return linked.size_bytes
 
+    def adopt(self, source: Path, name: str) -> None:
+        """Moves in a directory that is durable under another name in the same parent.
+
+        Raises:
+            OSError: it is gone.
+        """
+        directory, _, own = name.rpartition("/")
+        disk.calls.adopt(str(source), own, self._open_directory(directory))
+
+    def keep(self) -> None:
+        """Makes everything written durable under the temporary name, where it stays.
+
+        Raises:
+            OSError: it is not durable.
+        """
+        self._sync()
+        disk.calls.fsync_parent(self._parent)
+        self._disposable = None
+
     def commit(self) -> None:
         """Makes everything written durable under the final name; an older directory of that name goes away.
 
@@ -196,8 +220,7 @@ class StagedDirectory:
             OSError: it is not durable; the older directory is still there.
         """
         calls = disk.calls
-        tasks = [(calls.fsync_file, file) for file in self._files]
-        _sync_all(tasks + [(calls.fsync_directory, directory) for directory in self._directories.values()])
+        self._sync()
         replaced = None
         if _is_there(self.final.name, self._parent):
             replaced = self._replace()
@@ -206,6 +229,11 @@ class StagedDirectory:
         self._disposable = None  # until the new name is durable both must stay
         calls.fsync_parent(self._parent)
         self._disposable = replaced
+
+    def _sync(self) -> None:
+        calls = disk.calls
+        tasks = [(calls.fsync_file, file) for file in self._files]
+        _sync_all(tasks + [(calls.fsync_directory, directory) for directory in self._directories.values()])
 
     def _replace(self) -> str:
         """Gives the final name to the new directory, and returns the name that the older one has now."""

@@ -32,6 +32,10 @@ def _rename(old: str, new: str, directory: int) -> None:
     os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
 
 
+def _adopt(path: str, name: str, directory: int) -> None:
+    os.rename(path, name, dst_dir_fd=directory)
+
+
 def _exchange(first: str, second: str, directory: int) -> None:
     _native.rename_exchange(first, second, directory)
 
@@ -62,6 +66,7 @@ class Calls:
         fsync_directory: A directory inside the checkpoint: (descriptor).
         fsync_parent: The directory that holds the final name: (descriptor).
         rename: (old name, new name, directory descriptor of both); a file of the new name is replaced.
+        adopt: Moves a directory in from elsewhere in the file system: (its path, new name, directory descriptor).
         exchange: Swaps two names in one step: (first, second, directory descriptor of both).
         delete: A tree, file or link, if it is there: (name, directory descriptor).
     """
@@ -75,6 +80,7 @@ class Calls:
     fsync_directory: Callable[[int], None] = os.fsync
     fsync_parent: Callable[[int], None] = os.fsync
     rename: Callable[[str, str, int], None] = _rename
+    adopt: Callable[[str, str, int], None] = _adopt
     exchange: Callable[[str, str, int], None] = _exchange
     delete: Callable[[str, int], None] = _delete
 

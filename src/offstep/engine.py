@@ -20,6 +20,7 @@ from offstep.formats import FORMATS
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
+from offstep.processes import Membership, find_membership
 from offstep.records import Leaf, PathKey, SaveStats, Target
 from offstep.rendering import Rendering
 from offstep.reports import Counts, Reports
@@ -90,10 +91,13 @@ class Engine:
             TargetInUse: another live run saves there.
         """
         with ExitStack() as undo:
-            lock = None if hold is None else hold()  # first: where it is the same one, nobody gets in between
+            membership = find_membership(leaves, arrays, format, empty_nodes, self._options)
+            has_lock = membership is None or membership.is_primary
+            # First: where it is the same one, nobody gets in between.
+            lock = hold() if hold is not None and has_lock else None
             if lock is not None:
                 undo.callback(ownership.release, lock)
-            self._open(leaves, arrays, format, empty_nodes, documents, rendering, owner, lock)
+            self._open(leaves, arrays, format, empty_nodes, documents, rendering, owner, lock, membership)
             undo.pop_all()
 
     def _open(
@@ -106,12 +110,13 @@ class Engine:
         rendering: Rendering | None,
         owner: object | None,
         lock: Lock | None,
+        membership: Membership | None,
     ) -> None:
         self.close()
         lifecycle.check_is_running()
         lifecycle.close_abandoned()  # before a budget is taken of what memory there is
         options = self._options
-        plan = FORMATS[format].place(leaves, empty_nodes)
+        plan = FORMATS[format].place(leaves, empty_nodes) if membership is None else membership.plan
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
         with held_signals(), ExitStack() as undo:
             pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
@@ -121,13 +126,18 @@ class Engine:
             for slot in pool.slots:
                 borrowed.add_slot(slot)
                 undo.callback(borrowed.drop_slot, slot)
-            number = borrowed.add_plan(plan, format, documents)
+            if membership is None:
+                number, joint = borrowed.add_plan(plan, format, documents), None
+            else:
+                number, joint = membership.open(borrowed, documents, options)
             needs_thread = snapshotter.mode != "host" or rendering is not None
             lock_number = None if lock is None or lock.is_parents else borrowed.add_lock(lock)
             fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
             lifecycle.add(self)
             self._tie = None if owner is None else lifecycle.tie(self, owner)
-            self._opened = Opened(borrowed, format, number, snapshotter, pool, fetcher, rendering, lock, lock_number)
+            self._opened = Opened(
+                borrowed, format, number, snapshotter, pool, fetcher, rendering, lock, lock_number, joint
+            )
             undo.pop_all()
 
     @property
@@ -158,6 +168,8 @@ class Engine:
                 self._tie.detach()
             if opened.fetcher is not None:
                 opened.fetcher.shutdown()
+            if opened.joint is not None:
+                opened.joint.close()
             for slot in opened.pool.slots:
                 opened.writer.drop_slot(slot)
             opened.writer.drop_plan(opened.plan)
@@ -173,7 +185,7 @@ class Engine:
     def close_if_idle(self) -> bool:
         """Closes it unless a save is pending; never waits for one; returns whether it is closed."""
         if self._opened is not None:
-            self._opened.writer.collect()
+            self._collect(self._opened)
         if not self._reports.pending:
             self.close()
         return self._opened is None
@@ -197,7 +209,8 @@ class Engine:
     def describe_unfinished(self) -> str:
         """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
         count = len(self._reports.pending)
-        is_lost = self._opened is None or self._opened.writer.in_process or self._opened.fetcher is not None
+        opened = self._opened
+        is_lost = opened is None or opened.writer.in_process or opened.fetcher is not None or opened.joint is not None
         fate = "may be lost" if is_lost else "are left to the writer process"
         return f"{count} saves that were not durable yet {fate}" if count else ""
 
@@ -327,7 +340,7 @@ class Engine:
             SaveFailed: an earlier save failed; each failure is raised once.
         """
         if self._reports.pending and self._opened is not None:
-            self._opened.writer.collect()
+            self._collect(self._opened)
         lifecycle.close_abandoned()
         self.raise_failures()
 
@@ -381,7 +394,13 @@ class Engine:
         opened = self._opened
         if opened is None:  # another thread has taken the last report in, and closed
             return
-        waiting = next(iter(self._reports.pending), None)
+        # What several processes commit has been written long before it is settled, and has given its slot back.
+        waiting = None if opened.joint is not None else next(iter(self._reports.pending), None)
         if waiting is not None and not waiting.wait_until_submitted(timeout):
             return
-        opened.writer.collect(3600.0 if timeout is None else timeout, until)
+        self._collect(opened, 3600.0 if timeout is None else timeout, until)
+
+    def _collect(self, opened: Opened, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
+        """Takes in what has become of saves."""
+        collect = opened.writer.collect if opened.joint is None else opened.joint.take_in
+        collect(timeout_seconds, until)

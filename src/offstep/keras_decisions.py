@@ -103,6 +103,11 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         is_overridden = type(self)._should_save_on_batch is not DecidingCheckpoint._should_save_on_batch
         return self._frequency is not None or self._is_overridden or is_overridden
 
+    @property
+    def _decides_by_clock(self) -> bool:
+        """Whether another process, with another clock, might decide otherwise."""
+        return self._frequency is not None or self._schedule.left().unit == "seconds"
+
     def _left(self) -> policy.SaveFrequency:
         if isinstance(self.save_freq, int):
             return policy.SaveFrequency(self.save_freq - self._batches_seen_since_last_saving, "batches")

@@ -28,6 +28,7 @@ class Options:
     retry_seconds: float = 30.0
     exit_seconds: float = 300.0
     private: bool = False
+    commit_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         """Checks each option.
@@ -50,7 +51,7 @@ class Options:
         every = self.full_every
         is_every = every is None or (isinstance(every, int) and every >= 1)
         _check(is_every, "full_every must be None or an integer of at least 1", every)
-        for name in ("retry_seconds", "exit_seconds"):
+        for name in ("retry_seconds", "exit_seconds", "commit_seconds"):
             seconds = getattr(self, name)
             is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
             _check(is_time, f"{name} must be a finite number of seconds, 0 or more", seconds)

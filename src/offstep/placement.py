@@ -183,7 +183,7 @@ def _place_batch(reader: Reader, batch: list[int], pairs: Sequence[Pair], thread
         parts[at] = [_convert(part, destination.dtype) for part in parts[at]]
         if destination.make is not None:
             arrays[at] = destination.make(parts[at][0])
-        elif len(plans[at]) > 1 or plans[at][0].span is not None:
+        elif len(plans[at]) > 1 or plans[at][0].span is not None or _spans_processes(destination):
             arrays[at] = _join(plans[at], parts[at], destination)
         else:
             simple.append(at)
@@ -231,6 +231,11 @@ def _plan(leaf: StoredLeaf, destination: Destination) -> list[Region]:
     indices = sharding.addressable_devices_indices_map(leaf.shape).values()
     spans = dict.fromkeys(_span(index, leaf.shape) for index in indices if index is not None)
     return [Region(leaf, span) for span in spans]
+
+
+def _spans_processes(destination: Destination) -> bool:
+    # `device_put` would compare the values of all processes, by a collective.
+    return destination.sharding is not None and not destination.sharding.is_fully_addressable
 
 
 def _span(index: Index, shape: tuple[int, ...]) -> Span:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,9 @@ PathKey = str | int
 """One step of a leaf's path: a `str` is a dict key, an `int` a sequence index."""
 
 CRC_BYTES = 4
+
+NO_SLOT = 0
+"""In the place of a slot's number: the job needs none."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ class Leaf:
 class LeafLayout:
     """Where one leaf lies in a slot: equally sized chunks, `stride_bytes` apart.
 
-    Chunk `i` (C order over `grid`) occupies `chunk_bytes` at `offset + i * stride_bytes`, followed at once by its
-    CRC-32C (4 bytes, little-endian). Chunks at the upper edge are padded with zeros to the full chunk shape, as zarr
-    wants it.
+    The `i`-th of them occupies `chunk_bytes` at `offset + i * stride_bytes`, followed at once by its CRC-32C (4 bytes,
+    little-endian). Chunks at the upper edge are padded with zeros to the full chunk shape, as zarr wants it.
+
+    Attributes:
+        chunks: Which chunks of the grid are in the slot, in ascending C order; `None` for all of them. Several training
+            processes have different ones.
     """
 
     leaf: Leaf
@@ -60,10 +66,16 @@ class LeafLayout:
     offset: int
     chunk_bytes: int
     stride_bytes: int
+    chunks: tuple[int, ...] | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Which chunks of the grid (C order) are in the slot."""
+        return range(math.prod(self.grid)) if self.chunks is None else self.chunks
 
     @property
     def chunk_count(self) -> int:
-        return math.prod(self.grid)
+        return len(self.numbers)
 
     @property
     def end(self) -> int:
@@ -71,7 +83,7 @@ class LeafLayout:
         return self.offset + self.chunk_count * self.stride_bytes
 
     def chunk_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yields (offset, size) in the slot for each chunk with its checksum, in C order over the grid."""
+        """Yields (offset, size) for each chunk in the slot with its checksum, in C order over the grid."""
         size = self.chunk_bytes + CRC_BYTES
         for i in range(self.chunk_count):
             yield self.offset + i * self.stride_bytes, size
@@ -93,11 +105,8 @@ class Plan:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Bytes of the arrays themselves, without padding and checksums."""
-        return sum(
-            math.prod(layout.leaf.shape) * (layout.chunk_bytes // math.prod(layout.chunk_shape))
-            for layout in self.leaves
-        )
+        """Bytes of the arrays themselves, as far as they are in the slot, without padding and checksums."""
+        return sum(map(_array_bytes, self.leaves))
 
     @cached_property
     def frozen_offset(self) -> int:
@@ -116,9 +125,17 @@ class Plan:
         layouts = []
         for item in data["leaves"]:
             leaf = Leaf(**_with_tuples(item["leaf"], "path", "shape", "shard_shape"))
-            layouts.append(LeafLayout(**_with_tuples(item, "chunk_shape", "grid") | {"leaf": leaf}))
+            chunks = None if item["chunks"] is None else tuple(item["chunks"])
+            places = {"leaf": leaf, "chunks": chunks}
+            layouts.append(LeafLayout(**_with_tuples(item, "chunk_shape", "grid") | places))
         empty = tuple((tuple(path), kind) for path, kind in data["empty_nodes"])
         return cls(tuple(layouts), data["slot_bytes"], empty)
+
+
+def _array_bytes(layout: LeafLayout) -> int:
+    if layout.chunks is not None:
+        return layout.chunk_count * layout.chunk_bytes  # with the padding, which is little
+    return math.prod(layout.leaf.shape) * (layout.chunk_bytes // math.prod(layout.chunk_shape))
 
 
 def _with_tuples(item: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -160,7 +177,7 @@ class Job:
         target: Final absolute path.
         base: Existing directory below which everything happens; that it vanished is an error.
         root: Directory that holds the steps of an Orbax root, or a file (`target`'s parent), made if missing.
-        slot: Number of the slot with the snapshot.
+        slot: Number of the slot with the snapshot, or `NO_SLOT`.
         plan: Number of the plan that describes the slot.
         tag: Tells the temporary names of this job from all others', so that a second attempt finds what the first left.
         keep: How many of the newest steps of `root` stay; `None` keeps all.
@@ -174,6 +191,7 @@ class Job:
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
         retry_seconds: How long to try again after a failure that may pass.
         private: Nobody but the owner may read the checkpoint.
+        shares: What each process has written, where several make one checkpoint: see `formats.orbax_merged`.
     """
 
     number: int
@@ -195,6 +213,7 @@ class Job:
     full_every: int | None = None
     retry_seconds: float = 0.0
     private: bool = False
+    shares: tuple[dict[str, Any], ...] = ()  # JSON
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from offstep import _native
-from offstep.buffers import Slot, copy_table, shard_grid
+from offstep.buffers import Slot, copy_table, list_shards, shard_grid
 from offstep.errors import StructureMismatch, UnsupportedLeaf
 from offstep.options import Mode
-from offstep.records import Leaf, PathKey, Plan
+from offstep.records import Leaf, LeafLayout, PathKey, Plan
 from offstep.sharding import sharding_text
 
 Array = Any  # jax.Array, np.ndarray or a Python number
@@ -41,7 +41,7 @@ def describe_leaf(path: tuple[PathKey, ...], array: Array) -> Leaf:
     """Returns the record of one array of the state.
 
     Raises:
-        UnsupportedLeaf: it is not an array of numbers, or not all of it can be reached from this process.
+        UnsupportedLeaf: it is not an array of numbers.
     """
     if isinstance(array, jax.core.Tracer):
         raise UnsupportedLeaf(f"{'.'.join(map(str, path))}: it is being traced; save outside of jitted functions.")
@@ -55,7 +55,7 @@ def describe_leaf(path: tuple[PathKey, ...], array: Array) -> Leaf:
         path=path,
         shape=array.shape,
         dtype=array.dtype.name,
-        shard_shape=_shard_shape(path, array),
+        shard_shape=tuple(array.sharding.shard_shape(array.shape)),
         sharding=sharding_text(array.sharding),
         prng_impl=prng_impl,
     )
@@ -68,13 +68,6 @@ def _describe_host_leaf(path: tuple[PathKey, ...], value: Array) -> Leaf:
         raise UnsupportedLeaf(f"{name}: a checkpoint holds arrays of numbers. Received: {type(value).__name__}")
     kind = "np.ndarray" if isinstance(value, np.ndarray) else "scalar"
     return Leaf(path=path, shape=host.shape, dtype=host.dtype.name, value_type=kind, shard_shape=host.shape)
-
-
-def _shard_shape(path: tuple[PathKey, ...], array: jax.Array) -> tuple[int, ...]:
-    if not array.is_fully_addressable:
-        name = ".".join(map(str, path))
-        raise UnsupportedLeaf(f"{name}: it is spread over several processes, which this version cannot save.")
-    return tuple(array.sharding.shard_shape(array.shape))
 
 
 # ---------------------------------------------------------------------------------------------------- taking it
@@ -99,14 +92,21 @@ class Snapshotter:
         self._shapes = [_shape(array) for array in arrays]
         self._dtypes = [_dtype(array) for array in arrays]
         self._shardings = [getattr(array, "sharding", None) for array in arrays]
-        self._shards = [_distinct_shards(layout.leaf, array) for layout, array in zip(plan.leaves, arrays, strict=True)]
+        self._shards = [_distinct_shards(layout, array) for layout, array in zip(plan.leaves, arrays, strict=True)]
+        # What spans processes is copied shard by shard: a program of all of them would hang where one does not save.
+        self._is_split = any(layout.chunks is not None for layout in plan.leaves)
         self._has_pointers = [can_be_pointed_at(array) for array in arrays]
+        parts = self._list_parts(arrays)
         self._device_copies = [
-            (indices, jax.jit(_copy_all, out_shardings=[self._shardings[index] for index in indices]))
-            for indices in _group_by_devices(arrays)
+            (indices, jax.jit(_copy_all, out_shardings=[parts[index].sharding for index in indices]))
+            for indices in _group_by_devices(parts)
         ]
         self._known_types: list[tuple[object, object]] = []  # of the arrays that matched last
         self._host_dtypes = [_native_dtype(layout.leaf) for layout in plan.leaves]
+        counts = [len(shards) if self._is_split else 1 for shards in self._shards]
+        self._part_dtypes = [
+            dtype for dtype, count in zip(self._host_dtypes, counts, strict=True) for _ in range(count)
+        ]
         self._is_plain = all(self._has_pointers) and all(shards is _SINGLE_SHARD for shards in self._shards)
 
     def matches(self, arrays: Sequence[Array]) -> bool:
@@ -177,18 +177,31 @@ class Snapshotter:
         Raises:
             StructureMismatch: an array has been deleted.
         """
-        copies: list[Array] = [
-            None if isinstance(array, jax.Array) else np.array(array, dtype)
-            for array, dtype in zip(arrays, self._host_dtypes, strict=True)
-        ]
-        for indices, copy_group in self._device_copies:
-            try:
-                copied = copy_group([arrays[index] for index in indices])
-            except (RuntimeError, ValueError) as error:
-                raise _unreadable(error) from error
-            for index, copy in zip(indices, copied, strict=True):
-                copies[index] = copy
-        return copies
+        try:
+            parts = self._list_parts(arrays)
+            copies: list[Array] = [
+                None if isinstance(part, jax.Array) else np.array(part, dtype)
+                for part, dtype in zip(parts, self._part_dtypes, strict=True)
+            ]
+            for indices, copy_group in self._device_copies:
+                copied = copy_group([parts[index] for index in indices])
+                for index, copy in zip(indices, copied, strict=True):
+                    copies[index] = copy
+        except (RuntimeError, ValueError) as error:
+            raise _unreadable(error) from error
+        return self._join_parts(copies)
+
+    def _list_parts(self, arrays: Sequence[Array]) -> list[Array]:
+        """Returns what is copied on the devices: the arrays, or those of their shards that go into the slot."""
+        if not self._is_split:
+            return list(arrays)
+        return [shard for index, array in enumerate(arrays) for shard in self._shards_of(index, array)]
+
+    def _join_parts(self, parts: list[Array]) -> list[Array]:
+        if not self._is_split:
+            return parts
+        rest = iter(parts)
+        return [tuple(itertools.islice(rest, len(shards))) for shards in self._shards]
 
     @partial(jax.profiler.annotate_function, name="offstep.fetch")
     def fetch(self, private: list[Array], slot: Slot) -> None:
@@ -205,6 +218,8 @@ class Snapshotter:
         for index, shards in _ahead(self._start_transfers(arrays)):
             hosts = [_to_host(shard, self._host_dtypes[index]) for shard in shards]
             shards.clear()
+            if not hosts:  # other processes write this leaf
+                continue
             rows = slice(*np.searchsorted(sources, (first_source, first_source + len(hosts))))
             table = self._table[rows].copy()
             table["source"] -= first_source
@@ -233,6 +248,8 @@ class Snapshotter:
         return addresses
 
     def _shards_of(self, index: int, array: Array) -> list[Array]:
+        if isinstance(array, tuple):  # copies of its shards
+            return list(array)
         shards = self._shards[index]
         if shards is _SINGLE_SHARD:
             return [array]
@@ -361,10 +378,11 @@ def _is_row_major(array: jax.Array) -> bool:
     return order is None or tuple(order) == tuple(range(array.ndim))
 
 
-def _distinct_shards(leaf: Leaf, array: Array) -> tuple[int, ...]:
-    """Returns which of the addressable shards to read: one replica of each, in C order over the shard grid."""
+def _distinct_shards(layout: LeafLayout, array: Array) -> tuple[int, ...]:
+    """Returns which of the addressable shards to read: one replica of each that is in the slot, in C order."""
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
-        return _SINGLE_SHARD
+        return _SINGLE_SHARD if layout.chunks is None or layout.chunks else ()
+    leaf = layout.leaf
     if leaf.prng_impl is not None:
         array = jax.random.key_data(array)
     part = leaf.shard_shape
@@ -372,7 +390,8 @@ def _distinct_shards(leaf: Leaf, array: Array) -> tuple[int, ...]:
     for number, shard in enumerate(array.addressable_shards):
         start = tuple((piece.start or 0) // size if size else 0 for piece, size in zip(shard.index, part, strict=True))
         found.setdefault(start, number)
-    return tuple(found[start] for start in itertools.product(*(range(count) for count in shard_grid(leaf))))
+    starts = list(itertools.product(*map(range, shard_grid(leaf))))
+    return tuple(found[starts[shard]] for shard in list_shards(layout))
 
 
 def _native_dtype(leaf: Leaf) -> np.dtype:

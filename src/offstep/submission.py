@@ -11,6 +11,7 @@ from typing import Any
 
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
+from offstep.joint_commit import JointCommits
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
@@ -37,6 +38,7 @@ class Opened:
     rendering: Rendering | None
     lock: Lock | None
     lock_number: int | None
+    joint: JointCommits | None = None  # where the state spans several processes
     is_ready: bool = False  # slots touched, or being touched, and the writer started
 
 
@@ -138,6 +140,15 @@ class Submitter:
         target = work.target(step)
         work.pending.change(step=step, path=target.shown)
         job = _describe_job(work, step, target, self._options)
+        if work.opened.joint is not None:
+            work.opened.joint.submit(
+                job,
+                work.attachments,
+                on_submitted=work.pending.mark_submitted,
+                on_written=lambda: work.opened.pool.release(work.slot),
+                on_outcome=lambda outcome: self._settle(work, outcome),
+            )
+            return
         image = None if content is None else make_image(content)
         if image is not None and content is not None:
             job = replace(job, format="whole_file", slot=image.number, file_bytes=len(content))
@@ -151,10 +162,15 @@ class Submitter:
         work.pending.mark_submitted()
 
     def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
-        failure = self._reports.take_in(work.number, outcome, work.started)
         if image is not None:
             _drop_image(work, image)
         work.opened.pool.release(work.slot)
+        self._settle(work, outcome)
+        if work.opened.joint is not None:  # it failed before it came there
+            work.opened.joint.wake()
+
+    def _settle(self, work: Work, outcome: Outcome) -> None:
+        failure = self._reports.take_in(work.number, outcome, work.started)
         work.pending.settle(failure)
         on_durable = self.on_durable
         if failure is None and on_durable is not None:

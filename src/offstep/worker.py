@@ -27,12 +27,13 @@ from offstep.buffers import Claim, Slot
 from offstep.errors import TargetInUse
 from offstep.formats import FORMATS
 from offstep.manifest import Manifest
-from offstep.records import Job, Plan
+from offstep.records import NO_SLOT, Job, Plan
 from offstep.retention import Kept, Ranking
 from offstep.retry import retry
 from offstep.wire import Channel, Message
 
 PROCESS_NICENESS = 5
+_NOTHING = mmap.mmap(-1, mmap.PAGESIZE)  # in the place of a slot
 
 
 @dataclass
@@ -103,7 +104,8 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             job = Job(**message["job"])
             claim = holdings.claims.get(job.slot)
             try:
-                if claim is not None and claim.take(job.number):  # else the trainer has taken it back
+                # Else the trainer has taken it back.
+                if job.slot == NO_SLOT or (claim is not None and claim.take(job.number)):
                     return _save(job, holdings)
             finally:
                 for attached in holdings.attachments.pop(job.number, {}).values():
@@ -159,7 +161,7 @@ def _save(job: Job, holdings: _Holdings) -> Message:
     try:
         _check_lock(job, holdings)
         remarks += _look_after(job, holdings)
-        plan, slot = holdings.plans[job.plan], holdings.slots[job.slot]
+        plan, slot = holdings.plans[job.plan], _NOTHING if job.slot == NO_SLOT else holdings.slots[job.slot]
         attachments = holdings.attachments.get(job.number, {})
         written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it

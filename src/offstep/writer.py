@@ -22,7 +22,7 @@ from offstep import worker
 from offstep.attachments import Attachment
 from offstep.buffers import Slot
 from offstep.ownership import Lock
-from offstep.records import Job, Plan
+from offstep.records import NO_SLOT, Job, Plan
 from offstep.signals import held_signals
 from offstep.wire import Channel, Message, spool
 from offstep.writer_process import WriterProcess, describe_false_start
@@ -165,7 +165,7 @@ class Writer:
         """Hands a job over; once this returns it is written even if this process is killed.
 
         Args:
-            job: What to write; its slot must not be touched until the outcome.
+            job: What to write; its slot, if it has one, must not be touched until the outcome.
             on_outcome: Called once, by whichever thread collects the outcome.
             attachments: Files to put into the checkpoint, by name.
         """
@@ -173,7 +173,7 @@ class Writer:
         json.dumps(message)  # what cannot be sent must fail here, before anybody waits for it
         with self._lock:
             self.start()
-            self._handed.slots[job.slot].claim.offer(job.number)
+            self._offer(job)
             submitted = self._handed.jobs[job.number] = _Submitted(job, message, on_outcome, attachments or {})
             is_told = self._tell_job(submitted)
         if not is_told:
@@ -196,9 +196,15 @@ class Writer:
         with self._lock:
             return number not in self._handed.jobs or self._claim_back(number) is not None
 
+    def _offer(self, job: Job) -> None:
+        if job.slot != NO_SLOT:
+            self._handed.slots[job.slot].claim.offer(job.number)
+
     def _claim_back(self, number: int) -> _Submitted | None:
         submitted = self._handed.jobs.get(number)
-        if submitted is None or not self._handed.slots[submitted.job.slot].claim.take(number):
+        if submitted is None or submitted.job.slot == NO_SLOT:
+            return None
+        if not self._handed.slots[submitted.job.slot].claim.take(number):
             return None
         return self._handed.jobs.pop(number)
 
@@ -343,8 +349,8 @@ class Writer:
             self._tell_slot(slot)
         for number in self._handed.plans:
             self._tell_plan(number)
-        for number, submitted in self._handed.jobs.items():
-            self._handed.slots[submitted.job.slot].claim.offer(number)  # the writer that died may have claimed it
+        for submitted in self._handed.jobs.values():
+            self._offer(submitted.job)  # the writer that died may have claimed it
             self._tell_job(submitted)
         if reason:  # last, because a warning may be an error
             warnings.warn(

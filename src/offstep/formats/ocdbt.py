@@ -1,9 +1,10 @@
 """Encodes an OCDBT database: the container in which TensorStore and Orbax keep arrays.
 
 The byte layout is TensorStore's, published with its sources as `tensorstore/kvstore/ocdbt/index.rst`. Written here are
-the `single` manifest kind, no compression, one version (generation 1) and one or two data files. The own file begins
-with the values that the entries refer to, whoever put them there; the B+tree nodes follow at `node_offset`. The other
-one, the base, holds nothing but values, and other databases may refer to it as well.
+the `single` manifest kind, no compression, one version (generation 1) and one or more data files. The own file begins
+with the values that the entries refer to, whoever put them there; the B+tree nodes follow at `node_offset`. The others
+hold nothing but values as far as this database knows, and other databases may refer to them as well: a base, or the
+data files that several processes have written.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ MAX_NODE_BYTES = 100_000_000
 """Largest decoded node, as Orbax configures it."""
 
 DATA_FILE_BYTES = 34
-"""Length of a data file's name: `d/` and 32 hex digits."""
+"""Length of a data file's name in its own database: `d/` and 32 hex digits."""
 
 OWN_FILE, BASE_FILE = 0, 1
-"""Indices into the table of data files."""
+"""Indices into the table of data files; where there is no base, others begin at the second."""
 
 _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
@@ -40,7 +41,7 @@ Crc32c = Callable[[bytes, int], int]
 
 @dataclass(frozen=True)
 class SlotRange:
-    """A value that lies in a data file: the own one, or the base."""
+    """A value that lies in a data file: the own one, or another."""
 
     offset: int
     size: int
@@ -73,24 +74,24 @@ class PreparedDatabase:
     """A database with all that stays the same from one save to the next, made by `prepare_database`."""
 
     nodes: tuple[_Node, ...]  # in file order: children first, the root last
-    file_count: int = 1
+    file_bytes: tuple[int, ...] = (DATA_FILE_BYTES,)  # the lengths of the data files' names, the own one's first
 
     def encode(
-        self, *, data_file: str, base_file: str | None = None, uuid: bytes, commit_time_ns: int, crc32c: Crc32c
+        self, *, data_file: str, other_files: Sequence[str] = (), uuid: bytes, commit_time_ns: int, crc32c: Crc32c
     ) -> tuple[tuple[bytes, ...], bytes]:
         """Returns the bytes that follow the values in the own data file, in parts to be joined, and the manifest.
 
         Costs one pass of `crc32c` over the nodes; nothing of their size is copied.
 
         Raises:
-            ValueError: a file's name has not the usual length, or there is one too many or too few.
+            ValueError: a file's name has not the length that was prepared, or there is one too many or too few.
         """
-        names = [data_file] if base_file is None else [data_file, base_file]
-        if len(names) != self.file_count:
-            raise ValueError(f"the database refers to {self.file_count} data files, got {names}")
-        for name in names:
-            if len(name) != DATA_FILE_BYTES:
-                raise ValueError(f"data file name {name!r} has {len(name)} characters, expected {DATA_FILE_BYTES}")
+        names = [data_file, *other_files]
+        if len(names) != len(self.file_bytes):
+            raise ValueError(f"the database refers to {len(self.file_bytes)} data files, got {names}")
+        for name, size in zip(names, self.file_bytes, strict=True):
+            if len(name) != size:
+                raise ValueError(f"data file name {name!r} has {len(name)} characters, expected {size}")
         table = _encode_file_table(names)
         parts = tuple(part for node in self.nodes for part in _encode_node(node, table, crc32c))
         return parts, _encode_manifest(self.nodes[-1], table, uuid, commit_time_ns, crc32c)
@@ -116,29 +117,37 @@ def encode_database(
 
 
 def prepare_database(
-    entries: Sequence[Entry], *, node_offset: int, max_node_bytes: int = MAX_NODE_BYTES
+    entries: Sequence[Entry],
+    *,
+    node_offset: int,
+    max_node_bytes: int = MAX_NODE_BYTES,
+    other_file_bytes: Sequence[int] | None = None,
 ) -> PreparedDatabase:
     """Lays out the B+tree of `entries`, which must be in strictly ascending order of their keys.
+
+    `other_file_bytes` are the lengths of the other data files' names; by default that of a base, if one is used.
 
     Raises:
         ValueError: there are no entries, or they are not in order.
     """
     _check_order([key for key, _ in entries])
     file_count = 1 + max((value.file for _, value in entries if isinstance(value, SlotRange)), default=OWN_FILE)
+    others = [DATA_FILE_BYTES] * (file_count - 1) if other_file_bytes is None else other_file_bytes
+    file_bytes = (DATA_FILE_BYTES, *others)
     nodes: list[_Node] = []
     offset = node_offset
     for group in _split(entries, _entry_bytes, max_node_bytes, at_least=1):
-        nodes.append(_make_leaf_node(group, offset, file_count))
+        nodes.append(_make_leaf_node(group, offset, file_bytes))
         offset += nodes[-1].size
     level = list(nodes)
     while len(level) > 1:
         parents = []
         for children in _split(level, _child_bytes, max_node_bytes, at_least=2):
-            parents.append(_make_interior_node(children, offset, file_count))
+            parents.append(_make_interior_node(children, offset, file_bytes))
             offset += parents[-1].size
         nodes += parents
         level = parents
-    return PreparedDatabase(tuple(nodes), file_count)
+    return PreparedDatabase(tuple(nodes), file_bytes)
 
 
 def _check_order(keys: Sequence[bytes]) -> None:
@@ -177,7 +186,7 @@ def _child_bytes(child: _Node) -> int:
     return len(child.first_key) + _ENTRY_OVERHEAD_BYTES
 
 
-def _make_leaf_node(entries: Sequence[Entry], offset: int, file_count: int) -> _Node:
+def _make_leaf_node(entries: Sequence[Entry], offset: int, file_bytes: Sequence[int]) -> _Node:
     values = [value for _, value in entries]
     inline = [value for value in values if isinstance(value, bytes)]
     ranges = [value for value in values if isinstance(value, SlotRange)]
@@ -194,10 +203,10 @@ def _make_leaf_node(entries: Sequence[Entry], offset: int, file_count: int) -> _
         *inline,
     )
     statistics = (len(entries), 0, sum(value.size for value in ranges))
-    return _make_node(0, entries[0][0], columns, offset, statistics, file_count)
+    return _make_node(0, entries[0][0], columns, offset, statistics, file_bytes)
 
 
-def _make_interior_node(children: Sequence[_Node], offset: int, file_count: int) -> _Node:
+def _make_interior_node(children: Sequence[_Node], offset: int, file_bytes: Sequence[int]) -> _Node:
     prefixes, suffix_lengths, suffixes = _encode_keys([child.first_key for child in children])
     columns = (
         _varint(len(children)),
@@ -218,7 +227,7 @@ def _make_interior_node(children: Sequence[_Node], offset: int, file_count: int)
     value_bytes = sum(child.value_bytes for child in children)
     height = children[0].height + 1
     statistics = (key_count, tree_bytes, value_bytes)
-    return _make_node(height, children[0].first_key, columns, offset, statistics, file_count)
+    return _make_node(height, children[0].first_key, columns, offset, statistics, file_bytes)
 
 
 def _make_node(
@@ -227,11 +236,11 @@ def _make_node(
     columns: Sequence[bytes],
     offset: int,
     statistics: tuple[int, int, int],
-    file_count: int,
+    file_bytes: Sequence[int],
 ) -> _Node:
     """`statistics`: keys, node bytes below this node, value bytes."""
     joined = b"".join(columns)
-    table_bytes = len(_encode_file_table(["-" * DATA_FILE_BYTES] * file_count))
+    table_bytes = len(_encode_file_table(["-" * size for size in file_bytes]))
     size = _HEAD_BYTES + 1 + table_bytes + len(joined) + _CRC_BYTES
     key_count, bytes_below, value_bytes = statistics
     return _Node(height, first_key, joined, offset, size, key_count, size + bytes_below, value_bytes)

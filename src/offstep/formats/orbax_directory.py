@@ -14,9 +14,10 @@ import struct
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from offstep._native import crc32c
 from offstep.errors import UnsupportedLeaf
@@ -38,7 +39,10 @@ DTYPES = frozenset(
 Parts = tuple[bytes | memoryview, ...]
 """Contents of a file, in parts to be written one after another."""
 
-_STATE, _CONFIG, _ASSETS = "pytree", "model_config", "assets"
+STATE = "pytree"
+"""The item with the arrays of the state."""
+
+_CONFIG, _ASSETS = "model_config", "assets"
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 _SEQUENCE_KEY, _DICT_KEY = 1, 2
 # Keras 3.15 does not recognise Orbax's own step directories; it looks for a file of this name. With it,
@@ -67,7 +71,7 @@ class ModelDocuments:
 
 
 @dataclass(frozen=True)
-class _ArrayItem:
+class ArrayItem:
     """One item that holds arrays: a directory with an OCDBT database of its own."""
 
     name: str
@@ -88,11 +92,11 @@ class PreparedDirectory:
 
     items: tuple[str, ...]
     constant_files: Mapping[str, bytes]
-    state: _ArrayItem
-    assets: _ArrayItem | None
+    state: ArrayItem
+    assets: ArrayItem | None
     assets_image: bytes
     base: BaseFile | None = None
-    spread: dict[tuple[Run, ...], _ArrayItem] = field(default_factory=dict)
+    spread: dict[tuple[Run, ...], ArrayItem] = field(default_factory=dict)
     float_table: bytes = b""
 
 
@@ -114,16 +118,17 @@ def check_leaves(leaves: Iterable[Leaf]) -> None:
         paths[name] = leaf.path
 
 
-def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
+def prepare(plan: Plan, documents: ModelDocuments | None, *, state: ArrayItem | None = None) -> PreparedDirectory:
     """Makes everything that does not change from save to save.
 
     Without `documents` the checkpoint holds the arrays only: `load_weights` and Orbax read it, `load_model` does not.
+    With `state`, that is the item with the arrays, rather than one whose data file begins with the slot.
 
     Raises:
         UnsupportedLeaf: a leaf that stock Orbax could not restore, or two leaves that it would store under one name.
     """
     files = _state_documents(plan)
-    items = [_STATE]
+    items = [STATE]
     assets, image = None, b""
     if documents is not None:
         items.append(_CONFIG)
@@ -132,15 +137,15 @@ def prepare(plan: Plan, documents: ModelDocuments | None) -> PreparedDirectory:
         items.append(_ASSETS)
         assets_plan, image = _pack_assets(documents.assets)
         files[f"{_ASSETS}/_METADATA"] = _encode_tree(assets_plan)
-        assets = _prepare_item(_ASSETS, assets_plan)
-    base = BaseFile(plan) if frozen_layouts(plan) else None
-    state = _prepare_item(_STATE, plan)
+        assets = prepare_item(_ASSETS, assets_plan)
+    base = BaseFile(plan) if state is None and frozen_layouts(plan) else None
+    state = state or prepare_item(STATE, plan)
     return PreparedDirectory(tuple(sorted(items)), files, state, assets, image, base, float_table=float_table(plan))
 
 
 def base_path(split: Split) -> str:
     """Returns the relative path of the base in the checkpoint's directory."""
-    return f"{_STATE}/{split.base}"
+    return f"{STATE}/{split.base}"
 
 
 def data_files(
@@ -168,18 +173,18 @@ def data_files(
         raise ValueError(f"the slot has {slot.nbytes} bytes, its plan says {prepared.state.image_bytes}")
     files = document_files(prepared, step=step, target=target, now_ns=now_ns)
     if split is None:
-        return files | _database_files(prepared.state, (slot,), now_ns)
+        return files | database_files(prepared.state, (slot,), now_ns)
     if split.base is not None and not split.is_linked:
         files[base_path(split)] = split.pieces(slot, BASE_FILE)
     own = split.pieces(slot, OWN_FILE)
-    return files | _database_files(_spread(prepared, split), own, now_ns, split.base)
+    return files | database_files(_spread(prepared, split), own, now_ns, () if split.base is None else (split.base,))
 
 
 def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_ns: int) -> dict[str, Parts]:
     """Returns what `data_files` does, except the database with the arrays of the state."""
     files: dict[str, Parts] = {path: (content,) for path, content in prepared.constant_files.items()}
     if prepared.assets is not None:
-        files |= _database_files(prepared.assets, (memoryview(prepared.assets_image),), now_ns)
+        files |= database_files(prepared.assets, (memoryview(prepared.assets_image),), now_ns)
     for item in prepared.items:
         files[f"{item}/commit_success.txt"] = (_success_text(f"{target}/{item}"),)
     files["_CHECKPOINT_METADATA"] = (_encode_step_metadata(prepared.items, now_ns),)
@@ -198,7 +203,7 @@ def write_tensorstore(prepared: PreparedDirectory, slot: memoryview, directory: 
 
     spec = {
         "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{directory / _STATE}/"},
+        "base": {"driver": "file", "path": f"{directory / STATE}/"},
         "config": _TENSORSTORE_CONFIG,
         "assume_config": True,
         "target_data_file_size": _TARGET_DATA_FILE_BYTES,
@@ -218,17 +223,30 @@ def _value_bytes(value: bytes | SlotRange, slot: memoryview) -> bytes:
     return bytes(slot[value.offset : value.offset + value.size])
 
 
-def _database_files(
-    item: _ArrayItem, values: Sequence[memoryview], now_ns: int, base: str | None = None
+def database_files(
+    item: ArrayItem,
+    values: Sequence[memoryview],
+    now_ns: int,
+    other_files: Sequence[str] = (),
+    data_file: str | None = None,
 ) -> dict[str, Parts]:
-    data_file = f"d/{os.urandom(16).hex()}"
+    """Returns the files of one database by relative path.
+
+    Args:
+        item: What is the same in each of them.
+        values: What the data file begins with.
+        now_ns: Time of the save since the epoch.
+        other_files: Names of the other data files that the entries refer to, relative to the item.
+        data_file: Name of the own one; `None` makes one up.
+    """
+    data_file = data_file or f"d/{os.urandom(16).hex()}"
     nodes, manifest = item.database.encode(
-        data_file=data_file, base_file=base, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
+        data_file=data_file, other_files=other_files, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
     )
     return {f"{item.name}/{data_file}": (*values, *nodes), f"{item.name}/manifest.ocdbt": (manifest,)}
 
 
-def _spread(prepared: PreparedDirectory, split: Split) -> _ArrayItem:
+def _spread(prepared: PreparedDirectory, split: Split) -> ArrayItem:
     """Returns the state's item as it is when its slot lies in several data files."""
     if split.runs not in prepared.spread:
         prepared.spread.clear()
@@ -238,26 +256,34 @@ def _spread(prepared: PreparedDirectory, split: Split) -> _ArrayItem:
     return prepared.spread[split.runs]
 
 
-def _prepare_item(name: str, plan: Plan) -> _ArrayItem:
+def prepare_item(name: str, plan: Plan) -> ArrayItem:
+    """Makes what is the same in every database of one plan, whose slot begins the data file."""
     check_leaves(layout.leaf for layout in plan.leaves)
     entries = sorted((entry for layout in plan.leaves for entry in _leaf_entries(layout)), key=lambda entry: entry[0])
     database = prepare_database(entries, node_offset=plan.slot_bytes)
-    return _ArrayItem(name, plan.slot_bytes, tuple(entries), database)
+    return ArrayItem(name, plan.slot_bytes, tuple(entries), database)
 
 
 def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
-    name = layout.leaf.name
-    yield f"{name}/zarr.json".encode(), _encode_zarr(layout)
-    if 0 in layout.leaf.shape:
+    if layout.chunks == ():  # other processes have it
         return
-    positions = product(*map(range, layout.grid))
-    for position, (offset, size) in zip(positions, layout.chunk_ranges(), strict=True):
-        key = "/".join([name, "c", *map(str, position)])
-        yield key.encode(), SlotRange(offset, size)
+    yield zarr_key(layout), encode_zarr(layout)
+    for number, (offset, size) in zip(layout.numbers, layout.chunk_ranges(), strict=True):
+        yield chunk_key(layout, number), SlotRange(offset, size)
 
 
-def _encode_zarr(layout: LeafLayout) -> bytes:
-    """The array's `zarr.json`, in the form of Orbax but for the codecs."""
+def zarr_key(layout: LeafLayout) -> bytes:
+    """Returns the key of an array's metadata."""
+    return f"{layout.leaf.name}/zarr.json".encode()
+
+
+def chunk_key(layout: LeafLayout, number: int) -> bytes:
+    """Returns the key of one chunk, numbered in C order over the grid."""
+    return "/".join([layout.leaf.name, "c", *map(str, np.unravel_index(number, layout.grid))]).encode()
+
+
+def encode_zarr(layout: LeafLayout) -> bytes:
+    """Returns an array's `zarr.json`, in the form of Orbax but for the codecs."""
     dtype = layout.leaf.dtype
     to_bytes: dict[str, Any] = {"name": "bytes"}  # JSON
     if not _is_single_byte(dtype):
@@ -296,9 +322,9 @@ def _fill_value(dtype: str) -> bool | int | float | list[float]:
 
 def _state_documents(plan: Plan) -> dict[str, bytes]:
     return {
-        f"{_STATE}/_METADATA": _encode_tree(plan),
-        f"{_STATE}/_sharding": _encode_shardings(plan),
-        f"{_STATE}/array_metadatas/process_0": _encode_array_metadatas(plan),
+        f"{STATE}/_METADATA": _encode_tree(plan),
+        f"{STATE}/_sharding": _encode_shardings(plan),
+        f"{STATE}/array_metadatas/process_0": _encode_array_metadatas(plan),
     }
 
 

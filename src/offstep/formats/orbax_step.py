@@ -29,12 +29,17 @@ def place(leaves: Sequence[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...
     return make_plan(leaves, empty_nodes)
 
 
-def prepare(plan: Plan, documents: dict[str, Any] | None) -> orbax_directory.PreparedDirectory:  # JSON
-    """Makes what is the same in every checkpoint of one plan."""
+def prepare(
+    plan: Plan,
+    documents: dict[str, Any] | None,  # JSON
+    *,
+    state: orbax_directory.ArrayItem | None = None,
+) -> orbax_directory.PreparedDirectory:
+    """Makes what is the same in every checkpoint of one plan; `state` in place of a database with the slot."""
     if documents is None:
-        return orbax_directory.prepare(plan, None)
+        return orbax_directory.prepare(plan, None, state=state)
     assets = {name: bytes.fromhex(text) for name, text in documents["assets"].items()}
-    return orbax_directory.prepare(plan, orbax_directory.ModelDocuments(documents["config"], assets))
+    return orbax_directory.prepare(plan, orbax_directory.ModelDocuments(documents["config"], assets), state=state)
 
 
 def write(

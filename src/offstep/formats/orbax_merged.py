@@ -1,0 +1,129 @@
+"""An Orbax step that several training processes have written: one index over all their databases, and one commit.
+
+Only the primary process makes it, once the shares of all are durable. What lies where follows from the plan, so nothing
+is asked of the others but that they are done.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offstep import commit, manifest
+from offstep.formats import orbax_directory, orbax_share, orbax_step
+from offstep.formats.ocdbt import Entry, SlotRange, prepare_database
+from offstep.formats.orbax_directory import STATE, ArrayItem, PreparedDirectory
+from offstep.manifest import FileRecord
+from offstep.records import CRC_BYTES, Job, LeafLayout, Plan
+
+Place = tuple[int, int]  # process, offset in its data file
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """What is the same in each step of one plan.
+
+    Attributes:
+        directory: All but the arrays of the state.
+        item: The index over all databases.
+        processes: How many there are.
+    """
+
+    directory: PreparedDirectory
+    item: ArrayItem
+    processes: int
+
+
+def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedStep:  # JSON
+    """Makes what is the same in each step of one plan.
+
+    The documents are `{"model": what an Orbax directory takes, "places": [process, offset] of each chunk of each leaf,
+    "processes": int}`.
+    """
+    assert documents is not None
+    places, processes = documents["places"], documents["processes"]
+    entries = sorted(_list_entries(plan, places), key=lambda entry: entry[0])
+    name_bytes = [len(_data_path("", process)) for process in range(processes)]
+    database = prepare_database(entries, node_offset=0, other_file_bytes=name_bytes)
+    item = ArrayItem(STATE, 0, tuple(entries), database)
+    return PreparedStep(orbax_step.prepare(plan, documents["model"], state=item), item, processes)
+
+
+def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
+    """Commits the step whose shares are durable; returns the bytes that were written beside them.
+
+    Raises:
+        OSError: it is not durable; nothing that was there before is touched.
+    """
+    target = Path(job.target)
+    if _is_done(job, target):
+        return 0
+    commit.refuse_foreign(target)
+    with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged:
+        files = orbax_directory.document_files(
+            prepared.directory, step=job.step, target=job.target, now_ns=time.time_ns()
+        ) | _index_files(prepared, job.shares[0]["key"])
+        records = manifest.record_files(files)
+        sizes = staged.write(files)
+        for name, buffer in attachments.items():
+            with memoryview(buffer) as content:
+                attached = {name: (content,)}
+                records |= manifest.record_files(attached)
+                sizes |= staged.write(attached)
+                del attached
+        for share in job.shares:
+            records |= {f"{STATE}/{name}": FileRecord(*record) for name, record in share["files"].items()}
+        nonfinite = sum(share["nonfinite"] for share in job.shares)
+        sizes |= staged.write({manifest.MANIFEST_NAME: (manifest.build(job.manifest, records, nonfinite),)})
+        # Last: what fails before this can be tried again.
+        for process, share in enumerate(job.shares):
+            if share["files"]:
+                name = orbax_share.item_name(process)
+                staged.adopt(Path(share["staged"]) / name, f"{STATE}/{name}")
+        staged.commit()
+    return sum(sizes.values())
+
+
+def _is_done(job: Job, target: Path) -> bool:
+    """Returns whether an earlier writer has committed it, and died before it could say so."""
+    if all(Path(share["staged"]).is_dir() for share in job.shares):
+        return False
+    return is_committed(target, job.shares[0]["key"], len(job.shares))
+
+
+def is_committed(target: Path, key: str, processes: int) -> bool:
+    """Returns whether a checkpoint is the one that was saved under a key."""
+    try:
+        written = manifest.read(target)
+    except (OSError, ValueError):
+        return False
+    names = () if written is None else written.files
+    return any(f"{STATE}/{_data_path(key, process)}" in names for process in range(processes))
+
+
+def _list_entries(plan: Plan, places: list[list[Place]]) -> Iterator[Entry]:
+    for layout, of_leaf in zip(plan.leaves, places, strict=True):
+        yield orbax_directory.zarr_key(layout), orbax_directory.encode_zarr(layout)
+        yield from _list_chunks(layout, of_leaf)
+
+
+def _list_chunks(layout: LeafLayout, places: list[Place]) -> Iterator[Entry]:
+    for number, (process, offset) in enumerate(places):
+        # The first data file is the index's own, which holds no values.
+        yield (
+            orbax_directory.chunk_key(layout, number),
+            SlotRange(offset, layout.chunk_bytes + CRC_BYTES, process + 1),
+        )
+
+
+def _data_path(key: str, process: int) -> str:
+    return f"{orbax_share.item_name(process)}/{orbax_share.data_file(key, process)}"
+
+
+def _index_files(prepared: PreparedStep, key: str) -> dict[str, orbax_directory.Parts]:
+    others = [_data_path(key, process) for process in range(prepared.processes)]
+    return orbax_directory.database_files(prepared.item, (), time.time_ns(), others)

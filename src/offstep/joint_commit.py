@@ -1,0 +1,404 @@
+"""The commit of one checkpoint by several training processes, on threads beside the one that trains.
+
+Each process has its writer make its share durable and reports that to all. The primary waits for the reports, merges
+the shares, and tells all what became of it. Whoever is late or missing fails the save, and never makes half a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offstep import commit, manifest
+from offstep.attachments import Attachment
+from offstep.coordination import PRIMARY, Group, ServiceLost
+from offstep.formats import orbax_merged, orbax_share
+from offstep.records import NO_SLOT, Job
+from offstep.signals import held_signals
+from offstep.writer import Outcome, Writer
+
+_GRACE_SECONDS = 5.0  # how much longer than the primary the others wait for what it decides
+_FOREVER_SECONDS = 3600.0
+_SHOWN = 8
+_engine_numbers = itertools.count(1)  # the processes open their engines in the same order
+
+
+@dataclass(eq=False)
+class _Save:
+    """One save of this process, from its snapshot to what became of the checkpoint. The fields below `deadline` are
+    guarded by `JointCommits._changed`.
+    """
+
+    job: Job
+    attachments: Mapping[str, Attachment]
+    on_submitted: Callable[[], None]
+    on_written: Callable[[], None]
+    on_outcome: Callable[[Outcome], None]
+    deadline: float  # time.monotonic()
+    key: str = ""  # the same in all processes; empty until the share is submitted
+    staged: Path | None = None  # where the share is
+    written: Outcome | None = None  # what the writer says of the share
+    merged: Outcome | None = None  # what it says of the whole
+    is_settled: bool = False
+
+    def remaining_seconds(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+
+class _Failure(Exception):
+    """Why there will be no checkpoint, as all processes are told."""
+
+    def __init__(self, text: str, code: int | None = None) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class JointCommits:
+    """Commits the saves of one engine together with those of the other processes, in their order.
+
+    Args:
+        group: The processes.
+        writer: This process's.
+        digest: Tells whether all have the same structure.
+        merged_plan: Number of the plan of `orbax_merged`; the primary's.
+        commit_seconds: How long after its snapshot a save may take until all have reported.
+    """
+
+    def __init__(
+        self, group: Group, writer: Writer, *, digest: str, merged_plan: int | None, commit_seconds: float
+    ) -> None:
+        self._group, self._writer = group, writer
+        self._digest, self._merged_plan, self._commit_seconds = digest, merged_plan, commit_seconds
+        number = next(_engine_numbers)
+        self._meeting_key = f"offstep/{number}"
+        self._repeats: Counter[tuple[str, int]] = Counter()  # how often a step was saved to a place
+        self._old_keys: deque[tuple[float, str]] = deque()  # with the time when nobody asks for them any more
+        self._changed = threading.Condition()  # guards everything below, and the saves
+        # Names this engine in all processes and runs; `None` until it is known that the primary has opened it.
+        self._session = f"{writer.run}/{number}" if self.is_primary else None
+        self._unsubmitted: deque[_Save] = deque()
+        self._uncommitted: deque[_Save] = deque()
+        self._finished: deque[tuple[_Save, Outcome]] = deque()
+        self._in_writer: list[_Save] = []  # once for each job that the writer has
+        self._is_closed = False
+        # Daemons, because `close` at exit waits for their work before it ends them.
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._commit_all, "offstep-commit"), (self._collect_all, "offstep-collect"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process commits."""
+        return self._group.index == PRIMARY
+
+    # --------------------------------------------------------------------------------------- the training thread
+
+    def submit(
+        self,
+        job: Job,
+        attachments: Mapping[str, Attachment],
+        *,
+        on_submitted: Callable[[], None],
+        on_written: Callable[[], None],
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        """Takes a save; never waits. Its share goes to the writer at once, or when the primary has begun.
+
+        Args:
+            job: What this process would write if it were alone.
+            attachments: Files to put into the checkpoint; the primary's are.
+            on_submitted: Called when the writer has the share, or never will.
+            on_written: Called when the slot is free again. Both on any thread.
+            on_outcome: Called once by `take_in`, with what became of the checkpoint, as the writer would say it.
+        """
+        deadline = time.monotonic() + self._commit_seconds
+        save = _Save(job, attachments, on_submitted, on_written, on_outcome, deadline)
+        with self._changed:
+            self._unsubmitted.append(save)
+            self._uncommitted.append(save)
+            if self._session is not None:
+                self._submit_shares()
+            self._changed.notify_all()
+
+    def take_in(self, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
+        """Passes outcomes on, on the caller's thread; waits for them until `until` is true, or the time is over."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            with held_signals():  # a handler that waits for a save must not do so in the middle of this
+                while self._finished:
+                    save, outcome = self._finished.popleft()
+                    save.on_outcome(outcome)
+                    with self._changed:
+                        self._changed.notify_all()
+            with self._changed:
+                remaining = deadline - time.monotonic()
+                if until() or remaining <= 0:
+                    return
+                if not self._finished:
+                    self._changed.wait(remaining)
+
+    def wake(self) -> None:
+        """Has `take_in` look again whether what it waits for is so."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the threads; all saves have their outcomes."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # ------------------------------------------------------------------------------------------------ the writer
+
+    def _submit_shares(self) -> None:
+        """Hands over what waits for that, in order; with `_changed` held."""
+        while self._unsubmitted:
+            save = self._unsubmitted.popleft()
+            place = (save.job.target, save.job.step)
+            self._repeats[place] += 1
+            save.key = f"offstep/{self._session}/{save.job.step}/{self._repeats[place]}"
+            note = {"process": self._group.index, "key": save.key}
+            job = replace(save.job, format="orbax_share", shares=(note,), keep=None, replace_all=False)
+            save.staged = orbax_share.staging_path(job)
+            self._hand_over(save, job, partial(self._note_written, save))
+            save.on_submitted()
+
+    def _hand_over(
+        self,
+        save: _Save,
+        job: Job,
+        on_outcome: Callable[[Outcome], None],
+        attachments: Mapping[str, Attachment] | None = None,
+    ) -> None:
+        """With `_changed` held."""
+        self._in_writer.append(save)
+        try:
+            self._writer.submit(job, on_outcome, attachments or {})
+        except Exception as error:  # noqa: BLE001  it fails like a save that the writer could not write
+            on_outcome(_describe(error))
+        self._changed.notify_all()
+
+    def _note_written(self, save: _Save, outcome: Outcome) -> None:
+        """On whichever thread collects."""
+        with self._changed:
+            self._in_writer.remove(save)
+            save.written = outcome
+            save.on_written()
+            self._changed.notify_all()
+            is_late = save.is_settled
+        if is_late:
+            _discard(save)
+
+    def _note_merged(self, save: _Save, outcome: Outcome) -> None:
+        with self._changed:
+            self._in_writer.remove(save)
+            save.merged = outcome
+            self._changed.notify_all()
+
+    def _collect_all(self) -> None:
+        """Takes the writer's reports in as they come: the training thread may be far from its next hook."""
+        while self._wait_for_work(self._in_writer):
+            try:
+                self._writer.collect(_FOREVER_SECONDS, until=lambda: not self._in_writer)
+            except Exception as error:  # noqa: BLE001  no writer can be started, for one
+                self._give_up(_describe(error))
+
+    def _give_up(self, outcome: Outcome) -> None:
+        for save in list(self._in_writer):
+            note = self._note_written if save.written is None else self._note_merged
+            if self._writer.call_off(save.job.number):
+                note(save, outcome)
+
+    def _wait_for_work(self, work: Sequence[object]) -> bool:
+        """Returns false once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or bool(work))
+            return not self._is_closed
+
+    # --------------------------------------------------------------------------------------------- one checkpoint
+
+    def _commit_all(self) -> None:
+        if self.is_primary:
+            with contextlib.suppress(ServiceLost):  # the first save says so
+                self._group.put(self._meeting_key, f"{self._writer.run}/{self._meeting_key.rpartition('/')[2]}")
+        while self._wait_for_work(self._uncommitted):
+            save = self._uncommitted[0]
+            try:
+                outcome = self._commit(save)
+            except Exception as error:  # noqa: BLE001  whatever it is, the training thread must hear of it
+                outcome = _describe(error)
+            with self._changed:
+                save.is_settled = True
+                self._uncommitted.popleft()
+                if save in self._unsubmitted:
+                    self._unsubmitted.remove(save)
+                    save.on_written()
+                save.on_submitted()
+                self._finished.append((save, outcome))
+                self._changed.notify_all()
+            if save.written is not None:
+                _discard(save)
+
+    def _commit(self, save: _Save) -> Outcome:
+        self._meet(save)
+        report: dict[str, Any]
+        try:
+            report = self._await_share(save)
+        except _Failure as failure:
+            report = _describe(failure)
+        if not self.is_primary:
+            self._group.put(f"{save.key}/{self._group.index}", json.dumps(report))
+            _refuse(report)
+            self._await_decision(save)
+            return self._describe_durable(save)
+        try:
+            merged = self._merge(save, self._gather(save, report))
+        except _Failure as failure:
+            self._decide(save, _describe(failure))
+            raise
+        self._decide(save, {})
+        return self._describe_durable(save, merged)
+
+    def _meet(self, save: _Save) -> None:
+        """Waits until the primary has begun: then the target is its own, and it sweeps there no more."""
+        if self._session is None:
+            session = self._group.get(self._meeting_key, save.remaining_seconds())
+            if session is None:
+                raise _Failure(f"process {PRIMARY} has not begun to save within {self._commit_seconds:g} s")
+            with self._changed:
+                self._session = session
+                self._submit_shares()
+
+    def _await_share(self, save: _Save) -> dict[str, Any]:
+        """Returns what to report of this process's share."""
+        with self._changed:
+            self._changed.wait_for(lambda: save.written is not None, save.remaining_seconds())
+            written = save.written
+        if written is None:
+            raise _Failure(f"its share was not written within {self._commit_seconds:g} s")
+        _refuse(written)
+        assert save.staged is not None
+        note = manifest.parse((save.staged / orbax_share.NOTE_NAME).read_bytes())
+        files = {name: [record.size, record.crc32c] for name, record in note.files.items()}
+        common = {"step": save.job.step, "digest": self._digest, "target": save.job.target}
+        return common | {"staged": str(save.staged), "files": files, "nonfinite": note.nonfinite}
+
+    def _gather(self, save: _Save, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns the reports of all processes.
+
+        Raises:
+            _Failure: one has failed, is late, or has saved something else; it is named.
+        """
+        reports: list[dict[str, Any]] = []
+        for process in range(self._group.count):
+            text: str | None = json.dumps(own)
+            if process != self._group.index:
+                text = self._group.get(f"{save.key}/{process}", save.remaining_seconds())
+            if text is None:
+                raise _Failure(self._describe_missing(save))
+            report = json.loads(text)
+            if "error" in report:
+                raise _Failure(f"process {process}: {report['error']}", report["errno"])
+            for name in ("digest", "target"):
+                if report[name] != own[name]:
+                    what = "another structure" if name == "digest" else f"to {report[name]}"
+                    raise _Failure(f"process {process} has saved {what}, process {PRIMARY} to {own['target']}")
+            reports.append(report)
+        return reports
+
+    def _describe_missing(self, save: _Save) -> str:
+        missing = [
+            process
+            for process in range(self._group.count)
+            if process != self._group.index and self._group.peek(f"{save.key}/{process}") is None
+        ]
+        names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        return (
+            f"process {names} of {self._group.count} has not reported its share within {self._commit_seconds:g} s; "
+            "is it alive, and does it save at the same steps?"
+        )
+
+    def _merge(self, save: _Save, reports: list[dict[str, Any]]) -> Outcome:
+        assert self._merged_plan is not None
+        shares = tuple(report | {"key": save.key} for report in reports)
+        number = self._writer.next_job_number()
+        job = replace(
+            save.job,
+            number=number,
+            tag=self._writer.job_tag(number),
+            format="orbax_merged",
+            plan=self._merged_plan,
+            slot=NO_SLOT,
+            shares=shares,
+        )
+        with self._changed:
+            self._hand_over(save, job, partial(self._note_merged, save), save.attachments)
+            self._changed.wait_for(lambda: save.merged is not None)
+        assert save.merged is not None
+        if "error" in save.merged:
+            raise _Failure(f"process {self._group.index}: {save.merged['error']}", save.merged["errno"])
+        return save.merged
+
+    def _decide(self, save: _Save, decision: dict[str, Any]) -> None:
+        """Tells all what became of it. Those that cannot hear look into the directory."""
+        with contextlib.suppress(ServiceLost):
+            self._group.put(f"{save.key}/decision", json.dumps(decision))
+            now = time.monotonic()
+            self._old_keys.append((now + 2 * (self._commit_seconds + _GRACE_SECONDS), save.key))
+            while self._old_keys[0][0] < now:
+                self._group.delete(self._old_keys.popleft()[1])
+
+    def _await_decision(self, save: _Save) -> None:
+        seconds = save.remaining_seconds() + _GRACE_SECONDS
+        try:
+            decision = self._group.get(f"{save.key}/decision", seconds)
+            reason = f"process {PRIMARY}, which commits, has not told what became of it in {self._commit_seconds:g} s"
+        except ServiceLost as error:
+            decision, reason = None, f"the coordination service does not answer ({error})"
+        if decision is not None:
+            _refuse(json.loads(decision))
+        elif not orbax_merged.is_committed(Path(save.job.target), save.key, self._group.count):
+            raise _Failure(reason)
+
+    def _describe_durable(self, save: _Save, merged: Outcome | None = None) -> Outcome:
+        assert save.written is not None
+        last = {"durable_at": time.monotonic()} if merged is None else merged
+        parts = [save.written] if merged is None else [save.written, merged]
+        sums = {name: sum(part[name] for part in parts) for name in ("cpu_seconds", "write_seconds", "written_bytes")}
+        remarks = [remark for part in parts for remark in part["remarks"]]
+        return {**save.written, **last, **sums, "remarks": remarks}
+
+
+def _describe(error: Exception) -> Outcome:
+    if isinstance(error, _Failure):
+        return {"error": str(error), "errno": error.code}
+    if isinstance(error, ServiceLost):
+        return {"error": f"the coordination service of JAX does not answer ({error})", "errno": None}
+    return {"error": f"{type(error).__name__}: {error}", "errno": error.errno if isinstance(error, OSError) else None}
+
+
+def _refuse(report: Mapping[str, Any]) -> None:
+    """Raises what another thread, or process, reports as a failure."""
+    if "error" in report:
+        raise _Failure(report["error"], report["errno"])
+
+
+def _discard(save: _Save) -> None:
+    """Deletes what is left of the share: all of it, or the directory that it was taken from."""
+    if save.staged is not None:
+        with contextlib.suppress(OSError):  # the next start sweeps what is left
+            commit.discard(save.staged)

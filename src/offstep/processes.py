@@ -1,0 +1,103 @@
+"""What saves of a state that spans several training processes begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offstep.coordination import PRIMARY, Group, find_group
+from offstep.errors import UnsupportedLeaf
+from offstep.formats import orbax_directory
+from offstep.holders import Array, find_home, list_holders, spans_processes
+from offstep.joint_commit import JointCommits
+from offstep.options import Options
+from offstep.records import Leaf, PathKey, Plan
+from offstep.shares import Shares, share_out
+from offstep.writer import Writer
+
+_DIRECTORY = "orbax_directory"
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This process's part in the saves of one structure.
+
+    Attributes:
+        group: The processes.
+        shares: Who writes what.
+    """
+
+    group: Group
+    shares: Shares
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process has the lock, and commits."""
+        return self.group.index == PRIMARY
+
+    @property
+    def plan(self) -> Plan:
+        """Where the leaves lie in this process's slots."""
+        return self.shares.plan(self.group.index)
+
+    def open(self, writer: Writer, documents: dict[str, Any] | None, options: Options) -> tuple[int, JointCommits]:
+        """Tells the writer of the plans; returns the number of that of the shares, and what commits them.
+
+        Args:
+            writer: This process's.
+            documents: What an Orbax directory takes.
+            options: How to work.
+        """
+        number = writer.add_plan(self.plan, "orbax_share", {"process": self.group.index})
+        merged = None
+        if self.is_primary:
+            about = {"model": documents, "places": self.shares.places, "processes": self.group.count}
+            merged = writer.add_plan(self.plan, "orbax_merged", about)
+        seconds = options.commit_seconds
+        joint = JointCommits(self.group, writer, digest=self.shares.digest, merged_plan=merged, commit_seconds=seconds)
+        return number, joint
+
+
+def find_membership(
+    leaves: Sequence[Leaf],
+    arrays: Sequence[Array],
+    format: str,  # noqa: A002  the word that records and formats use
+    empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]],
+    options: Options,
+) -> Membership | None:
+    """Returns this process's part, where an array spans several; `None` where all are its own.
+
+    Raises:
+        UnsupportedLeaf: such a state cannot be saved in this format, or the processes cannot be reached.
+        ValueError: an option would let the processes save different steps.
+    """
+    spread = next((leaf for leaf, array in zip(leaves, arrays, strict=True) if spans_processes(array)), None)
+    if spread is None:
+        return None
+    if format != _DIRECTORY:
+        raise UnsupportedLeaf(
+            f"{spread.name}: it is spread over several processes, and a file of Keras is written by one; save to a "
+            "directory, such as 'ckpts/{step}'"
+        )
+    group = find_group()
+    if group is None:
+        raise UnsupportedLeaf(
+            f"{spread.name}: it is spread over several processes, but JAX's coordination service, through which they "
+            "agree on a commit, is not to be had; call jax.distributed.initialize first"
+        )
+    if options.on_busy != "wait":
+        raise ValueError(
+            "several processes have to save the same steps, so none may skip one for itself: on_busy must be 'wait'. "
+            f"Received: {options.on_busy!r}"
+        )
+    if any(leaf.is_frozen for leaf in leaves):
+        raise ValueError("skip_unchanged is for a state in one process. Received: one that spans several")
+    orbax_directory.check_leaves(leaves)
+    home = find_home()
+    leaves = [
+        replace(leaf, sharding=home) if spans_processes(array) else leaf
+        for leaf, array in zip(leaves, arrays, strict=True)
+    ]
+    shares = share_out(leaves, [list_holders(array) for array in arrays], group.count, empty_nodes)
+    return Membership(group, shares)

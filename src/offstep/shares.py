@@ -1,0 +1,152 @@
+"""Which training process writes which chunk of which leaf: a pure decision, the same in all of them.
+
+What several processes hold is shared out, so that each writes about as much as the others. Every process works out the
+whole: so the one that commits knows where each chunk lies without asking.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from offstep._native import crc32c
+from offstep.buffers import CHUNK_TARGET_BYTES, choose_chunk_shape, find_shard, item_bytes
+from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
+
+Holders = Sequence[Sequence[int]]
+"""For each shard of a leaf, in C order, the processes that hold it."""
+
+Place = tuple[int, int]
+"""Process, and offset in its slot."""
+
+_CHUNKS_PER_PROCESS = 4  # of a large leaf, so that nobody gets much more of it than the others
+_LEAST_SHARE_BYTES = 1 << 16  # a chunk costs about 100 bytes of index: smaller ones are not worth it
+_ALIGNMENT, _PAGE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who writes what of one state.
+
+    Attributes:
+        layouts: Of all leaves, whole; their offsets mean nothing.
+        places: For each leaf where each of its chunks is written, in C order over its grid.
+        slot_bytes: Of each process.
+        common_bytes: How many bytes at the beginning of each slot are the same in all: counters, which name the step.
+        empty_nodes: See `Plan`.
+    """
+
+    layouts: tuple[LeafLayout, ...]
+    places: tuple[tuple[Place, ...], ...]
+    slot_bytes: tuple[int, ...]
+    common_bytes: int
+    empty_nodes: tuple[tuple[tuple[PathKey, ...], str], ...] = ()
+
+    def plan(self, process: int) -> Plan:
+        """Returns where the leaves lie in the slots of one process: those chunks that it writes, and the counters."""
+        leaves = tuple(map(self._lay_out, self.layouts, self.places, (process,) * len(self.layouts)))
+        return Plan(leaves, self.slot_bytes[process], self.empty_nodes)
+
+    def _lay_out(self, layout: LeafLayout, places: tuple[Place, ...], process: int) -> LeafLayout:
+        if is_common(layout):
+            return replace(layout, chunks=(0,), offset=places[0][1])
+        own = [number for number, (owner, _) in enumerate(places) if owner == process]
+        return replace(layout, chunks=tuple(own), offset=places[own[0]][1] if own else 0)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells whether two processes have worked out the same."""
+        described = [
+            [layout.leaf.name, layout.leaf.dtype, layout.leaf.shape, layout.chunk_shape, places]
+            for layout, places in zip(self.layouts, self.places, strict=True)
+        ]
+        return f"{crc32c(json.dumps(described).encode()):08x}"
+
+
+def share_out(
+    leaves: Sequence[Leaf],
+    holders: Sequence[Holders],
+    processes: int,
+    empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
+) -> Shares:
+    """Gives each chunk to one of the processes that hold it, and a place in that one's slots.
+
+    Args:
+        leaves: In the order of the snapshot.
+        holders: Of each leaf.
+        processes: How many there are.
+        empty_nodes: See `Plan`.
+    """
+    layouts = tuple(_lay_out(leaf, own) for leaf, own in zip(leaves, holders, strict=True))
+    owners = _choose_owners(layouts, holders, processes)
+    common = [number for number, layout in enumerate(layouts) if is_common(layout)]
+    places: list[tuple[Place, ...]] = [()] * len(layouts)
+    offset = 0
+    for number in common:
+        places[number] = ((owners[number][0], offset),)
+        offset += layouts[number].stride_bytes
+    ends = [offset] * processes
+    for number, layout in enumerate(layouts):
+        if not is_common(layout):
+            places[number] = tuple(_take(ends, owner, layout.stride_bytes) for owner in owners[number])
+    slot_bytes = tuple(_round_up(max(end, 1), _PAGE_BYTES) for end in ends)
+    return Shares(layouts, tuple(places), slot_bytes, offset, tuple(empty_nodes))
+
+
+def is_common(layout: LeafLayout) -> bool:
+    """Returns whether a leaf is in the slots of all processes: the step of a snapshot is read from such a counter."""
+    return not layout.leaf.shape and layout.leaf.dtype.lstrip("u").startswith("int")
+
+
+def _lay_out(leaf: Leaf, holders: Holders) -> LeafLayout:
+    itemsize = item_bytes(leaf.dtype)
+    shard_shape = leaf.shard_shape or leaf.shape
+    replicas = min(map(len, holders), default=1)
+    pieces = replicas * _CHUNKS_PER_PROCESS if replicas > 1 else 1
+    target_bytes = -(-math.prod(shard_shape) * itemsize // pieces)
+    target_bytes = max(_LEAST_SHARE_BYTES, min(CHUNK_TARGET_BYTES, target_bytes))
+    chunk_shape = choose_chunk_shape(leaf.shape, shard_shape, itemsize, target_bytes)
+    chunk_bytes = math.prod(chunk_shape) * itemsize
+    return LeafLayout(
+        leaf=leaf,
+        chunk_shape=chunk_shape,
+        grid=tuple(-(-whole // part) for whole, part in zip(leaf.shape, chunk_shape, strict=True)),
+        offset=0,
+        chunk_bytes=chunk_bytes,
+        stride_bytes=_round_up(chunk_bytes + CRC_BYTES, _ALIGNMENT),
+    )
+
+
+def _choose_owners(layouts: Sequence[LeafLayout], holders: Sequence[Holders], processes: int) -> list[list[int]]:
+    """Gives each chunk to the one of its holders that has least: first those with few holders, then the large ones."""
+    chunks = sorted(
+        (len(candidates), -layout.chunk_bytes, leaf, number, candidates)
+        for leaf, layout in enumerate(layouts)
+        for number in range(layout.chunk_count)
+        for candidates in [tuple(holders[leaf][find_shard(layout, number)])]
+    )
+    owners = [[0] * layout.chunk_count for layout in layouts]
+    loads = [0] * processes
+    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for _, size, leaf, number, candidates in chunks:
+        heap = heaps.setdefault(candidates, [(0, process) for process in candidates])
+        while heap[0][0] != loads[heap[0][1]]:  # it has got something as a holder of other shards
+            heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
+        owner = heap[0][1]
+        owners[leaf][number] = owner
+        loads[owner] -= size
+    return owners
+
+
+def _take(ends: list[int], process: int, size: int) -> Place:
+    place = process, ends[process]
+    ends[process] += size
+    return place
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,140 @@
+"""One of several training processes: trains a Keras model over all of them and saves, or restores what was saved.
+
+Arguments as for `joint_trees`. What each variable was at each step goes into `expected/<process>.npz`, by its path and
+where the part begins.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from joint_trees import connect
+
+Model = Any  # Keras carries no types
+
+
+def distribute(kind: str) -> None:
+    devices = keras.distribution.list_devices()
+    if kind == "data":
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False))
+    if kind == "model":
+        mesh = keras.distribution.DeviceMesh((2, len(devices) // 2), ("batch", "model"), devices)
+        layout = keras.distribution.LayoutMap(mesh)
+        layout["wide/kernel"] = (None, "model")
+        layout["wide/bias"] = ("model",)
+        layout["narrow/kernel"] = ("model", None)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
+        )
+
+
+def make_model() -> Model:
+    keras.utils.set_random_seed(1)
+    inputs = keras.layers.Input((8,), name="inputs")
+    x = keras.layers.Dense(64, name="wide")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.Dropout(0.1, name="dropout")(x)
+    model = keras.Model(inputs, keras.layers.Dense(8, name="narrow")(x), name="spread")
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+def list_variables(model: Model) -> list[Any]:
+    return [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
+
+
+def list_shards(model: Model) -> dict[str, np.ndarray]:
+    """Returns this process's parts of the variables, by path and start."""
+    return {
+        f"{variable.path}@{','.join(str(piece.start or 0) for piece in shard.index)}": np.asarray(shard.data)
+        for variable in list_variables(model)
+        for shard in variable.value.addressable_shards
+    }
+
+
+class Recorder(keras.callbacks.Callback):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.every, self.batches = steps, 0
+        self.found: dict[str, np.ndarray] = {}
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        if self.batches % self.every == 0:
+            self.model.jax_state_sync()
+            self.found |= {f"{self.batches}/{name}": value for name, value in list_shards(self.model).items()}
+
+
+def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    from offstep import ModelCheckpoint
+
+    model = make_model()
+    recorder = Recorder(2)
+    ours = ModelCheckpoint(directory / "root" / "{step}", save_freq=2, **options.get("arguments", {}))
+    rows = 8 * options["batches"]
+    # Each process feeds its part of each batch.
+    data = np.random.default_rng(jax.process_index()).random((rows, 8), "float32")
+    model.fit(data, data, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[ours, recorder])
+    (directory / "expected").mkdir(exist_ok=True)
+    np.savez(directory / "expected" / f"{jax.process_index()}.npz", **recorder.found)
+    return {"durable": ours.counts.durable, "failed": ours.counts.failed}
+
+
+def restore(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    from offstep import restore as restore_model
+
+    model = make_model()
+    wrong: list[str] = []
+    for step in options["steps"]:
+        restore_model(model, directory / "root" / str(step))
+        wrong += find_wrong(model, directory, step)
+    return {"wrong": wrong, "devices": len(model.trainable_variables[0].value.sharding.device_set)}
+
+
+def load(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    sys.modules["offstep"] = None  # type: ignore[assignment]  # from here on it cannot be imported
+    model = keras.saving.load_model(directory / "root")
+    return {"wrong": find_wrong(model, directory, options["steps"][-1])}
+
+
+def read_expected(directory: Path, step: int) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
+    """Returns the parts of each variable at a step, by where they begin, from all processes."""
+    parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for path in sorted((directory / "expected").glob("*.npz")):
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                at, _, rest = name.partition("/")
+                variable, _, start = rest.partition("@")
+                if int(at) == step:
+                    corner = tuple(int(piece) for piece in start.split(",") if piece)
+                    parts.setdefault(variable, {})[corner] = arrays[name]
+    return parts
+
+
+def find_wrong(model: Model, directory: Path, step: int) -> list[str]:
+    expected = read_expected(directory, step)
+    wrong = []
+    for variable in list_variables(model):
+        shape = tuple(variable.shape)
+        for shard in variable.value.addressable_shards:
+            whole = np.zeros(shape, shard.data.dtype)
+            for corner, part in expected[variable.path].items():
+                whole[tuple(slice(at, at + size) for at, size in zip(corner, part.shape, strict=True))] = part
+            if np.asarray(shard.data).tobytes() != whole[shard.index].tobytes():
+                wrong.append(f"{step}: {variable.path}")
+    return wrong
+
+
+if __name__ == "__main__":
+    index, count, port, folder, text = sys.argv[1:]
+    settings = json.loads(text)
+    if int(count) > 1:
+        connect(int(index), int(count), port)
+    distribute(settings.get("kind", ""))
+    print(json.dumps({"train": train, "restore": restore, "load": load}[settings["do"]](Path(folder), settings)))
