@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, help="where results go (benchmarks/results; with --quick or sabotage, DIR)"
     )
-    parser.add_argument("--into", type=Path, help="an earlier result, whose scenarios of these names are replaced")
+    parser.add_argument("--into", type=Path, help="an earlier result, to which these scenarios and peers are added")
     options = parser.parse_args(arguments)
     options.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is mounted must be unmounted
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, data = open_results(options)
     with Bench(options.dir, sabotage=options.sabotage, wrapper=options.wrapper) as bench:
         for name in options.scenarios:
-            data["scenarios"][name] = run_scenario(bench, scenarios[name], options)
+            result = run_scenario(bench, scenarios[name], options)
+            before = data["scenarios"].get(name, {"peers": {}})
+            data["scenarios"][name] = result | {"peers": before["peers"] | result["peers"]}
             path.write_text(json.dumps(data, indent=1))
             path.with_suffix(".txt").write_text(render(data))
     print(f"everything: {path}")
