@@ -867,6 +867,22 @@ def test_the_best_epochs_stay_beside_the_newest(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == [14, 21, 35]
 
 
+class BecomesNan(keras.callbacks.Callback):
+    """Makes the weights NaN after some epochs."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if epoch == 1:
+            self.model.layers[-1].bias.assign([float("nan")])
+
+
+@pytest.mark.parametrize("name", ["{epoch}.keras", "{epoch}.weights.h5"])
+def test_files_with_nan_weights_never_retire_those_without(name: str, tmp_path: Path) -> None:
+    """They once did, where each save is a file."""
+    ours = ModelCheckpoint(tmp_path / "ckpts" / name, max_to_keep=1, save_weights_only=name.endswith(".h5"))
+    fit(make_model(), [BecomesNan(), ours], epochs=4)
+    assert sorted(path.name for path in (tmp_path / "ckpts").iterdir()) == [name.format(epoch=n) for n in (1, 4)]
+
+
 def test_the_best_of_an_earlier_run_is_to_be_beaten_only_if_asked(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_best_only": True, "max_to_keep": 5}
     fit(make_model(), [Losses(3.0, 1.0), ModelCheckpoint(tmp_path / "{step}", **options)])

@@ -178,6 +178,27 @@ def test_a_damaged_step_is_refused_before_it_is_used(tmp_path: Path) -> None:
             checkpointer.restore()
 
 
+def test_a_newest_step_that_is_damaged_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    """One whose files had not their sizes was once passed over without a word, and a flipped bit was the end."""
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, tree(step), extra={"at": step})
+            checkpointer.wait()
+        [data] = (tmp_path / "2/pytree/d").iterdir()
+        content = bytearray(data.read_bytes())
+        content[3] ^= 1
+        data.write_bytes(content)
+        (tmp_path / "3/pytree/_METADATA").unlink()
+        with pytest.warns(RuntimeWarning) as warned:
+            assert_same(checkpointer.restore(), tree(1))
+        first, second = (str(warning.message) for warning in warned)
+        assert "3 is no whole checkpoint and is passed over: pytree/_METADATA is missing" in first
+        assert second.startswith("a newer step is passed over: ")
+        assert "its checksum is wrong" in second
+        with pytest.warns(RuntimeWarning, match="3 is no whole checkpoint"):
+            assert checkpointer.restore_extra() == {"at": 2}
+
+
 @all_trees
 def test_stock_orbax_of_the_older_interface_restores_a_tree(tmp_path: Path, state: Any) -> None:
     with Checkpointer(tmp_path) as checkpointer:
@@ -390,7 +411,7 @@ def test_a_second_run_goes_on_in_the_same_directory(tmp_path: Path) -> None:
 
 def test_a_step_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(CheckpointNotFound, match="holds no step None; it has none"):
+        with pytest.raises(CheckpointNotFound, match="holds no step that is whole"):
             checkpointer.restore()
         checkpointer.save(1, tree())
         checkpointer.wait()

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from offstep import manifest
@@ -34,15 +35,23 @@ def list_steps(root: os.PathLike[str] | str) -> list[int]:
 
 def latest_step(root: os.PathLike[str] | str) -> int | None:
     """Returns the greatest step that is committed in `root` and whole; a newer one that is not is warned of."""
+    newest = next(find_whole(root), None)
+    return None if newest is None else int(newest.name)
+
+
+def find_whole(root: os.PathLike[str] | str) -> Iterator[Path]:
+    """Yields the checkpoints that are committed in `root` and whole, newest first, and warns of the others.
+
+    A warning points at the caller of who calls this.
+    """
     for step in reversed(named_steps(root)):
         checkpoint = Path(root, str(step))
         fault = find_fault(checkpoint)
         if fault is None:
-            return step
-        if checkpoint.is_dir():
+            yield checkpoint
+        elif checkpoint.is_dir():
             text = f"{checkpoint} is no whole checkpoint and is passed over: {fault}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return None
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def named_steps(root: os.PathLike[str] | str) -> list[int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from offstep import attachments, catalog, commit, ownership, policy, recovery, retention
 from offstep.attachments import Attachment, Value
 from offstep.engine import Engine
-from offstep.errors import CheckpointNotFound, UnsupportedLeaf
+from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedLeaf
 from offstep.leaf_paths import list_paths, path_keys
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
@@ -25,6 +26,7 @@ from offstep.snapshot import describe_leaf
 from offstep.stored_tree import read_tree
 
 Tree = Any  # any pytree of arrays and numbers
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -201,7 +203,7 @@ class Checkpointer:
         keys of random generators and arrays that were on several devices.
 
         Args:
-            step: Which one; `None` takes the newest.
+            step: Which one; `None` takes the newest that is whole, and warns of a newer one that is not.
             like: A tree of arrays, or of `jax.ShapeDtypeStruct`, with the structure, dtypes and shardings wanted.
                 Without it the tree comes back as nested dicts and lists with the shardings that were saved.
 
@@ -210,26 +212,37 @@ class Checkpointer:
             CheckpointDamaged: a checksum or a file is wrong.
             StructureMismatch: checkpoint and `like` do not agree.
         """
-        return read_tree(self.directory / str(self._find_step(step)), like)
+        return self._read(step, lambda checkpoint: read_tree(checkpoint, like))
 
     def restore_extra(self, step: int | None = None) -> dict[str, Value]:
         """Reads what was given as `extra` when a checkpoint was saved; empty if nothing was.
 
         Args:
-            step: Which one; `None` takes the newest.
+            step: Which one; `None` takes the newest that is whole, and warns of a newer one that is not.
 
         Raises:
             CheckpointNotFound: there is no such step.
             CheckpointDamaged: it is not what was saved.
         """
-        return attachments.read_extra(self.directory / str(self._find_step(step)))
+        return self._read(step, attachments.read_extra)
 
-    def _find_step(self, step: int | None) -> int:
-        steps = self.all_steps()
-        found = step if step is not None else (steps[-1] if steps else None)
-        if found is None or found not in steps:
-            raise CheckpointNotFound(f"{self.directory} holds no step {found}; it has {steps or 'none'}")
-        return found
+    def _read(self, step: int | None, read: Callable[[Path], T]) -> T:
+        if step is None:
+            return self._read_newest(read)
+        if step not in (steps := self.all_steps()):
+            raise CheckpointNotFound(f"{self.directory} holds no step {step}; it has {steps or 'none'}")
+        return read(self.directory / str(step))
+
+    def _read_newest(self, read: Callable[[Path], T]) -> T:
+        damage: CheckpointDamaged | None = None
+        for checkpoint in catalog.find_whole(self.directory):
+            if damage is not None:
+                warnings.warn(f"a newer step is passed over: {damage}", RuntimeWarning, stacklevel=4)
+            try:
+                return read(checkpoint)
+            except CheckpointDamaged as error:
+                damage = error
+        raise damage or CheckpointNotFound(f"{self.directory} holds no step that is whole")
 
     @property
     def stats(self) -> list[SaveStats]:

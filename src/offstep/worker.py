@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from offstep import catalog, commit, ownership, recovery, retention
 from offstep.buffers import Claim, Slot
 from offstep.errors import TargetInUse
-from offstep.formats import FORMATS
+from offstep.formats import FORMATS, file_manifest
 from offstep.manifest import Manifest
 from offstep.records import NO_SLOT, Job, Plan
 from offstep.retention import Kept, Ranking
@@ -256,9 +257,21 @@ def _retire_files(job: Job) -> Iterator[Path]:
     if job.keep is None:
         return
     written = [path for path in map(Path, job.siblings) if path.is_file()]  # what failed does not count
-    for path in written[: max(0, len(written) + 1 - job.keep)]:
-        commit.remove_file(path)
-        yield path
+    if len(written) < job.keep:
+        return
+    by_age = [Kept(age, finite=_is_finite(path)) for age, path in enumerate([*written, Path(job.target)])]
+    for age in retention.select_expired(by_age, len(written), keep=job.keep):
+        commit.remove_file(written[age])
+        yield written[age]
+
+
+def _is_finite(path: Path) -> bool:
+    """Returns whether a file of Keras is not known to hold weights that are NaN or infinite."""
+    try:
+        written = file_manifest.read(path)
+    except (OSError, ValueError, zipfile.BadZipFile):  # damaged, or no longer what was saved
+        return True
+    return written is None or not written.nonfinite
 
 
 def main() -> None:
