@@ -28,7 +28,7 @@ def keep_score(directory: Path, scenario: str, peer: str, *options: str, trials:
     )
     results = list(directory.glob("*scorecard*.json"))
     assert len(results) == 1, done.stdout + done.stderr
-    tally: dict[str, Any] = json.loads(results[0].read_text())["scenarios"][0]["peers"][peer]
+    tally: dict[str, Any] = json.loads(results[0].read_text())["scenarios"][scenario]["peers"][peer]
     assert not [name for name in os.listdir(directory) if name.startswith("scorecard-")], "something is left"
     if tally["skipped"]:
         pytest.skip(tally["skipped"])
