@@ -34,7 +34,7 @@ class EventLines:
             count=count,
             seconds=seconds,
             median_seconds=seconds / count,
-            max_seconds=seconds,
+            max_seconds=1.5 * seconds / count if count > 1 else seconds,
             is_writing=writing,
             is_warm_up=warm_up,
         )

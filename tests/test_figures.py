@@ -64,6 +64,40 @@ def test_cost_is_stalls_and_what_batches_took_longer(tmp_path: Path) -> None:
     assert cost.training_seconds == pytest.approx(104.0)
 
 
+def test_a_change_that_may_be_chance_costs_nothing(tmp_path: Path) -> None:
+    lines = EventLines()
+    for number in range(10):
+        lines.train(20 * number, 10, 2.0 if number % 2 else 1.0)
+        lines.train(20 * number + 10, 10, 2.1 if number % 3 else 1.0, writing=True)
+    run = read(lines, tmp_path)
+    inflation = measure_inflation(run)
+    assert inflation.ratio == pytest.approx((6 * 2.1 + 4) / 15)
+    assert inflation.error > inflation.ratio - 1 > 0
+    assert measure_cost(run, inflation).inflation_seconds == 0
+
+
+def test_batches_of_a_host_that_runs_ahead_are_not_compared(tmp_path: Path) -> None:
+    lines = EventLines()
+    for number in range(10):
+        lines.train(20 * number, 10, 0.01)
+        lines.snapshot(20 * number, compute=1.0)
+        lines.train(20 * number + 10, 10, 1.0, writing=True)
+    run = read(lines, tmp_path)
+    assert measure_inflation(run).is_ahead
+    assert measure_inflation(run).ratio is None
+    assert measure_cost(run, measure_inflation(run)).inflation_seconds is None
+
+
+def test_a_shorter_last_batch_that_is_compiled_is_left_out(tmp_path: Path) -> None:
+    lines = EventLines()
+    lines.train(20, 20, 2.0)
+    lines.train(40, 20, 2.0, writing=True)
+    lines.train(41, 1, 30.0)
+    lines.add("epoch", epoch=1, stall_seconds=0.0)
+    found = measure_inflation(read(lines, tmp_path))
+    assert (found.free_seconds, found.ratio, found.free_count) == pytest.approx((0.1, 1.0, 20))
+
+
 def test_few_batches_are_not_compared(tmp_path: Path) -> None:
     lines = EventLines()
     lines.train(22, 20, 2.0)

@@ -171,7 +171,9 @@ def _add_report(add: Add) -> None:
     command = add(
         "report", report, "Makes a page of what saving has cost a run, and of what is durable, from its event log."
     )
-    command.add_argument("path", type=Path, metavar="RUN", help="the event log, or the directory that it is in")
+    command.add_argument(
+        "path", type=Path, metavar="RUN", nargs="?", default=Path(), help="the event log, or its directory (here)"
+    )
     command.add_argument("out", type=Path, metavar="OUT", nargs="?", help=f"default: {DEFAULT_NAME} beside the log")
     command.add_argument("--trace", type=Path, metavar="FILE", help="also write a trace for ui.perfetto.dev")
     command.add_argument("--run", dest="run_name", metavar="NAME", help="which run of the log (default: the newest)")

@@ -50,6 +50,11 @@ class Save:
         return None if self.durable_seconds is None else self.began + self.durable_seconds
 
     @property
+    def durable_after_seconds(self) -> float | None:
+        """From when its state was computed until it was durable."""
+        return None if self.durable_seconds is None else max(0.0, self.durable_seconds - self.compute_seconds)
+
+    @property
     def is_pending(self) -> bool:
         """Whether it is neither durable nor failed nor skipped, as far as the log goes."""
         return self.durable_seconds is None and self.error is None and not self.is_skipped
@@ -65,6 +70,7 @@ class Batches:
     count: int
     seconds: float
     median_seconds: float
+    max_seconds: float
     is_writing: bool
     is_warm_up: bool
 
@@ -284,9 +290,17 @@ def _read_batches(event: Event, at: float) -> Batches:
     count = int(_number(event, "count"))
     if count < 1:
         raise ValueError(count)
-    began, seconds, middle = (_number(event, name) for name in ("began", "seconds", "median_seconds"))
-    is_writing, is_warm_up = event["is_writing"] is True, event["is_warm_up"] is True
-    return Batches(min(began, at), at, int(_number(event, "step")), count, seconds, middle, is_writing, is_warm_up)
+    return Batches(
+        began=min(_number(event, "began"), at),
+        ended=at,
+        step=int(_number(event, "step")),
+        count=count,
+        seconds=_number(event, "seconds"),
+        median_seconds=_number(event, "median_seconds"),
+        max_seconds=_number(event, "max_seconds"),
+        is_writing=event["is_writing"] is True,
+        is_warm_up=event["is_warm_up"] is True,
+    )
 
 
 def _number(event: Event, name: str) -> float:

@@ -37,6 +37,7 @@ _SHOWN_SAVES = 50
 _SHOWN_FAILURES = 20
 _STALL = "what a save's hook took on the training thread, without its wait for the training step that was running."
 _COST = "stalls, and what batches took longer while a save was on its way, of the time of all batches and stalls."
+_AFTER = "from when its state was computed."
 _DURABLE = "survives a kill and a power cut."
 
 
@@ -94,13 +95,13 @@ def _make_header(history: History, run: Run, now: float) -> str:
 
 def _make_tiles(run: Run, cost: Cost, inflation: Inflation) -> str:
     stall = spread([save.stall_seconds for save in snapshots(run)])
-    durable = spread([save.durable_seconds for save in run.durable if save.durable_seconds is not None])
+    durable = spread([seconds for save in run.durable if (seconds := save.durable_after_seconds) is not None])
     written = sum(save.written_bytes for save in run.durable)
     seconds = sum(save.write_seconds for save in run.durable)
     tiles = [
         ("Stall of a save", show_seconds(stall.median), f"at most {show_seconds(stall.most)}"),
-        ("All it has cost", show_share(cost.share), f"{show_seconds(cost.total_seconds)} in all"),
-        ("Slower steps", _show_change(inflation.ratio), "while writing"),
+        ("All it has cost", show_share(cost.share), _describe_cost(cost)),
+        ("Slower steps", *_describe_change(inflation)),
         ("Durable after", show_seconds(durable.median), f"at most {show_seconds(durable.most)}"),
         ("Durable", f"{len(run.durable):,}", _describe_outcomes(run)),
         ("Written", spell_bytes(written), f"{spell_bytes(round(written / seconds))}/s" if seconds else "nothing yet"),
@@ -113,10 +114,19 @@ def _make_tile(name: str, value: str, more: str) -> str:
     return f'<div class="tile">{words}</div>'
 
 
-def _show_change(ratio: float | None) -> str:
-    if ratio is None:
-        return DASH
-    return f"{'+' if ratio >= 1 else MINUS}{show_share(abs(ratio - 1))}"
+def _describe_cost(cost: Cost) -> str:
+    if cost.inflation_seconds is None:
+        return f"{show_seconds(cost.stall_seconds)}: stalls only"
+    return f"{show_seconds(cost.total_seconds)} in all"
+
+
+def _describe_change(inflation: Inflation) -> tuple[str, str]:
+    if inflation.ratio is None:
+        return DASH, "cannot be known"
+    change, chance = inflation.ratio - 1, show_share(inflation.error)
+    if abs(change) <= inflation.error:
+        return "none", f"or below {chance}"
+    return f"{'+' if change > 0 else MINUS}{show_share(abs(change))}", f"while writing, \N{PLUS-MINUS SIGN} {chance}"
 
 
 def _describe_outcomes(run: Run) -> str:
@@ -194,7 +204,7 @@ def _make_row(run: Run, save: Save) -> list[Cell]:
         _describe_state(save),
         show_clock(save.began - run.began),
         show_seconds(save.stall_seconds) if save.stall_seconds else DASH,
-        DASH if save.durable_seconds is None else show_seconds(save.durable_seconds),
+        DASH if save.durable_after_seconds is None else show_seconds(save.durable_after_seconds),
         spell_bytes(save.written_bytes) if save.written_bytes else DASH,
         spell_bytes(round(save.written_bytes / save.write_seconds)) + "/s" if save.write_seconds else DASH,
         ("mono", _shorten(save.path)),
@@ -254,7 +264,7 @@ def _make_runs(history: History, shown: Run) -> str:
 
 
 def _make_footer(history: History, now: float) -> str:
-    terms = [("Stall", _STALL), ("All it has cost", _COST), ("Durable", _DURABLE)]
+    terms = [("Stall", _STALL), ("All it has cost", _COST), ("Durable", _DURABLE), ("Durable after", _AFTER)]
     lines = [f"<b>{escape(term)}</b>: {escape(text)}" for term, text in terms]
     lines.append(
         f"Made {_show_moment(now)} from <code>{escape(str(history.path))}</code>. Every event at its microsecond: "

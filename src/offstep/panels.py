@@ -8,7 +8,7 @@ from html import escape
 
 from offstep import charts
 from offstep.charts import Axis
-from offstep.figures import Inflation, Lag, Spread, snapshots, spread
+from offstep.figures import Inflation, Lag, Spread, leave_out_compilation, snapshots, spread
 from offstep.history import Run, Save
 from offstep.words import show_count, show_seconds, show_share
 
@@ -25,7 +25,6 @@ class _Phase:
 
 
 _PHASES = (
-    _Phase("step", "running step ends (training, not saving)"),
     _Phase("wait", "waits for a slot"),
     _Phase("stall", "snapshot"),
     _Phase("queue", "waits for the writer"),
@@ -39,7 +38,7 @@ def make_timeline(run: Run) -> str:
     axis = Axis(run.began, run.last_at)
     lanes = [_steps_lane(axis, run), _stall_lane(axis, run), _write_lane(axis, run)]
     lanes += [_retention_lane(axis, run), _trouble_lane(axis, run)]
-    notes = " Pale: the first two batches, which hold compilation." if run.batches else ""
+    notes = " Pale: compilation." if run.batches else ""
     notes += " Dotted: an epoch ends." if _are_epochs_shown(run) else ""
     text = (
         f"The whole run, {show_seconds(axis.length)}, in {charts.COLUMNS} columns of "
@@ -57,15 +56,16 @@ def _epochs(axis: Axis, run: Run) -> str:
 
 
 def _steps_lane(axis: Axis, run: Run) -> str:
-    usual = [part for part in run.batches if not part.is_warm_up] or run.batches
+    usual = leave_out_compilation(run)
+    known = {part.began for part in usual}
     means = charts.mean_of_columns(axis, ((part.began, part.ended, part.seconds / part.count) for part in usual))
     found = sorted(mean for mean in means if mean is not None)
-    if not found:
-        return charts.make_lane("Steps", "no batch is logged", _epochs(axis, run), color="step")
-    top = 1.15 * min(found[-1], 3 * found[int(0.98 * (len(found) - 1))])  # one outlier must not flatten the rest
-    warm = charts.share_of_columns(axis, ((part.began, part.ended) for part in run.batches if part.is_warm_up))
-    shapes = charts.draw_bars(warm, 1e-9, "warm") + charts.draw_bars(means, top, "step") + _epochs(axis, run)
-    return charts.make_lane("Steps", "mean of a batch", shapes, top=show_seconds(top), color="step", tall=True)
+    # One outlier must not flatten the rest.
+    top = 1.15 * min(found[-1], 3 * found[int(0.98 * (len(found) - 1))]) if found else 0.0
+    pale = charts.share_of_columns(axis, ((part.began, part.ended) for part in run.batches if part.began not in known))
+    shapes = charts.draw_bars(pale, 1e-9, "pale") + charts.draw_bars(means, top, "step") + _epochs(axis, run)
+    about, scale = ("mean of a batch", show_seconds(top)) if found else ("none is known yet", "")
+    return charts.make_lane("Steps", about, shapes, top=scale, color="step", tall=True)
 
 
 def _stall_lane(axis: Axis, run: Run) -> str:
@@ -123,7 +123,7 @@ def make_phases(run: Run) -> str:
             f"step {save.step:,}",
             [(phase.color, length) for phase, length in zip(_PHASES, _phase_lengths(save), strict=True)],
             most,
-            f"durable after {show_seconds(save.durable_seconds or 0.0)}",
+            f"durable after {show_seconds(save.durable_after_seconds or 0.0)}",
         )
         for save in newest
     )
@@ -132,22 +132,20 @@ def make_phases(run: Run) -> str:
         [(phase.color, phase.words) for phase, is_used in zip(_PHASES, used, strict=True) if is_used]
     )
     text = (
-        f"The newest {show_count(len(newest), 'save')}, from the hook's first moment. Training waits for the "
+        f"The newest {show_count(len(newest), 'save')}, from when its state was computed. Training waits for the "
         "orange part (and for a slot, if none is free); the rest happens beside it."
     )
     return make_section("From snapshot to durable", text, rows + legend)
 
 
 def _phase_lengths(save: Save) -> list[float]:
-    durable = save.durable_seconds or 0.0
-    copy = max(0.0, save.stall_seconds - save.wait_seconds)
-    on_hook = save.compute_seconds + save.stall_seconds
+    durable = save.durable_after_seconds or 0.0
+    write = min(save.write_seconds, durable)
     return [
-        save.compute_seconds,
         save.wait_seconds,
-        copy,
-        max(0.0, durable - on_hook - save.write_seconds),
-        min(save.write_seconds, durable),
+        max(0.0, save.stall_seconds - save.wait_seconds),
+        max(0.0, durable - save.stall_seconds - write),
+        write,
         save.retire_seconds if save.retired else 0.0,
     ]
 
@@ -164,10 +162,10 @@ def make_stalls(run: Run) -> str:
 
 
 def _describe_stalls(found: Spread, count: int) -> str:
+    rare = f"{show_seconds(found.p99)} at the 99th percentile, " if count >= 100 else ""
     return (
         f"How long training stood still for a save: <b>{show_seconds(found.median)}</b> in the median (dashed), "
-        f"{show_seconds(found.p99)} at the 99th percentile, {show_seconds(found.most)} at most, "
-        f"of {show_count(count, 'save')}."
+        f"{rare}{show_seconds(found.most)} at most, of {show_count(count, 'save')}."
     )
 
 
@@ -175,6 +173,8 @@ def make_inflation(found: Inflation) -> str:
     """Returns what batches take beside a write, and without one."""
     if not found.free_count and not found.writing_count:
         return ""
+    if found.is_ahead:
+        return make_section("Steps beside a write", _describe_inflation(found), "")
     known = [(found.free_seconds, found.free_count), (found.writing_seconds, found.writing_count)]
     most = max(seconds for seconds, count in known if count) * 1.02
     rows = ""
@@ -188,14 +188,19 @@ def make_inflation(found: Inflation) -> str:
 
 
 def _describe_inflation(found: Inflation) -> str:
+    if found.is_ahead:
+        return (
+            "The host dispatches batches far ahead of its device: in the median a save waits "
+            f"{show_seconds(found.ahead_seconds)} until they are computed. So their times do not tell what a write "
+            "costs them; <code>offstep bench</code> does."
+        )
     if found.ratio is None:
         return "Too few batches of one kind to compare; the first two are left out, they hold compilation."
-    change = found.ratio - 1
-    if abs(change) < 0.005:
-        words = "<b>as long</b> as"
-    else:
-        words = f"<b>{show_share(abs(change))} {'longer' if change > 0 else 'shorter'}</b> than"
-    return f"A batch takes {words} one without a save on its way. The first two, which hold compilation, are left out."
+    change, chance = found.ratio - 1, show_share(found.error)
+    if abs(change) <= found.error:
+        return f"No difference that could not be chance: less than {chance}. Compilation is left out."
+    words = f"{show_share(abs(change))} {'longer' if change > 0 else 'shorter'}"
+    return f"A batch takes <b>{words}</b> than one without a save on its way, give or take {chance}."
 
 
 def make_lag(run: Run, lag: Lag) -> str:

@@ -50,7 +50,7 @@ def describe(history: History, run: Run) -> dict[str, Any]:  # JSON
     """Returns what the report shows, as numbers."""
     inflation = figures.measure_inflation(run)
     cost, lag, loss = figures.measure_cost(run, inflation), figures.measure_lag(run), figures.measure_loss(run)
-    durable = [save.durable_seconds for save in run.durable if save.durable_seconds is not None]
+    durable = [seconds for save in run.durable if (seconds := save.durable_after_seconds) is not None]
     return {
         "log": str(history.path),
         "unreadable_lines": history.unreadable,
@@ -66,10 +66,12 @@ def describe(history: History, run: Run) -> dict[str, Any]:  # JSON
         "skipped": sum(save.is_skipped for save in run.saves),
         "pending_steps": [save.step for save in loss.pending],
         "stall_seconds": _describe_spread(figures.spread([save.stall_seconds for save in figures.snapshots(run)])),
-        "durable_seconds": _describe_spread(figures.spread(durable)),
+        "durable_after_seconds": _describe_spread(figures.spread(durable)),
         "written_bytes": sum(save.written_bytes for save in run.durable),
         "step_time_ratio_while_writing": inflation.ratio,
+        "step_time_ratio_error": None if inflation.ratio is None else inflation.error,
         "cost_seconds": cost.total_seconds,
+        "is_cost_complete": cost.inflation_seconds is not None,
         "cost_share": cost.share,
         "lag_seconds": {"mean": lag.mean, "max": lag.most},
         "lost_now": {"seconds": loss.seconds, "steps": loss.steps},
@@ -89,6 +91,7 @@ def _sentences(history: History, run: Run) -> list[str]:
         lines.append(
             f"stall {show_seconds(stall['median'])} in the median, {show_seconds(stall['most'])} at most; "
             f"all it has cost: {show_share(cost)} of the training"
+            + ("" if found["is_cost_complete"] else ", stalls only")
         )
     if not run.has_ended:
         seconds, steps = show_seconds(found["lost_now"]["seconds"]), show_count(found["lost_now"]["steps"], "step")
