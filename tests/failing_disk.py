@@ -78,6 +78,19 @@ def die_once(marker: Path) -> Action:
     return fail
 
 
+def kill_once(victim: str, marker: Path) -> Action:
+    """Kills the process that `victim` computes, unless that was done already."""
+
+    def fail() -> None:
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(eval(victim), signal.SIGKILL)
+
+    return fail
+
+
 def save(final: Path, content: bytes) -> None:
     with StagedDirectory(final) as staged:
         staged.write({"file": (content,), "deep/er/file": (content,)})

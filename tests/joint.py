@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,37 +23,77 @@ def find_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start(script: str, count: int, directory: Path, options: Sequence[dict[str, Any]]) -> list[subprocess.Popen[str]]:
+class Trainer:
+    """One training process; it lives until its stdin is closed, or by itself.
+
+    Attributes:
+        report: The JSON that it printed; empty if it has ended before.
+        status: Its exit status, once it has ended.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `end`
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.report: dict[str, Any] = {}
+        self.status: int | None = None
+        self.errors = ""
+
+    def read(self) -> None:
+        """Waits for the report, or for the end of the process."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                self.report = json.loads(line)
+                return
+
+    def go_on(self) -> None:
+        """Continues it if it has been stopped."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """Closes its stdin and waits for its end."""
+        self._process.communicate(timeout=PATIENCE_SECONDS)
+        self.status = self._process.returncode
+        self._errors.seek(0)
+        self.errors = self._errors.read()[-3000:]
+
+    def kill(self) -> None:
+        """Ends it whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def start(script: str, count: int, directory: Path, options: Sequence[dict[str, Any]]) -> list[Trainer]:
     """Starts the processes; each has its own options."""
     port = find_port()
     flags = f"--xla_force_host_platform_device_count={DEVICES_EACH}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
-    command = [sys.executable, str(Path(__file__).with_name(script))]
+    path = str(Path(__file__).with_name(script))
     return [
-        subprocess.Popen(
-            [*command, str(index), str(count), port, str(directory), json.dumps(options[index])],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Trainer([path, str(index), str(count), port, str(directory), json.dumps(options[index])], environment)
         for index in range(count)
     ]
 
 
-def finish(started: Sequence[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """Waits for processes and returns the last line of each, which is JSON."""
-    try:
-        said = [process.communicate(timeout=PATIENCE_SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(started, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in said]
-
-
 def run(script: str, count: int, directory: Path, **options: Any) -> list[dict[str, Any]]:
-    """Runs processes that all have the same options."""
-    return finish(start(script, count, directory, [options] * count))
+    """Runs processes that all have the same options, and returns what each has reported."""
+    trainers = start(script, count, directory, [options] * count)
+    try:
+        for trainer in trainers:
+            trainer.read()
+        for trainer in trainers:
+            trainer.end()
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+    for trainer in trainers:
+        assert trainer.status == 0, trainer.errors
+    return [trainer.report for trainer in trainers]

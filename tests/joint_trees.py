@@ -6,16 +6,22 @@ Arguments: process, number of processes, port of the coordinator, directory, opt
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from offstep import processes, writer_process
+from offstep.coordination import Group, find_group
 
 VALUES = np.random.default_rng(0).standard_normal((16, 24, 6)).astype(np.float32)
 
@@ -93,6 +99,54 @@ def save(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     return {"failures": failures, "waited": waited, "written_bytes": stats.written_bytes, "bytes": stats.state_bytes}
 
 
+class FailingGroup(Group):
+    """A group that ends, or stops, this process at one of its messages.
+
+    `fault` says at the how manieth `"call"` (`"put"` or `"get"`), `"after"` or before it, and what it `"does"`.
+    """
+
+    fault: ClassVar[dict[str, Any]] = {}
+    counts: ClassVar[Counter[str]] = Counter()
+
+    def put(self, key: str, text: str) -> None:
+        self._suffer("put", after=False)
+        super().put(key, text)
+        self._suffer("put", after=True)
+
+    def get(self, key: str, timeout_seconds: float) -> str | None:
+        self._suffer("get", after=False)
+        text = super().get(key, timeout_seconds)
+        self._suffer("get", after=True)
+        return text
+
+    def _suffer(self, call: str, *, after: bool) -> None:
+        fault = self.fault
+        self.counts[call, after] += 1
+        is_due = (fault["call"], fault.get("after", False)) == (call, after)
+        if is_due and self.counts[call, after] == fault.get("nth", 1):
+            os.kill(os.getpid(), getattr(signal, fault["does"]))
+
+
+def arm(fault: dict[str, Any]) -> None:
+    """Prepares this process for what it shall suffer."""
+    if "call" in fault:
+        FailingGroup.fault = fault
+        processes.find_group = lambda: FailingGroup(*vars(find_group()).values())
+    if "entry" in fault:
+        writer_process.entry = fault["entry"]
+
+
+def suffer(directory: Path, options: dict[str, Any]) -> None:
+    """Saves one step, with a fault in some process, and ends without JAX's farewell, for which all would be needed."""
+    fault = options.get("fault", {})
+    arm(fault)
+    jax.devices()  # for which JAX waits for all processes
+    if fault.get("does") != "nothing":
+        print(json.dumps(save(directory, options)), flush=True)
+    sys.stdin.read()  # until all have reported
+    os._exit(0)
+
+
 def restore(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     from offstep import restore as restore_tree
 
@@ -107,4 +161,4 @@ if __name__ == "__main__":
     if int(count) > 1:
         connect(int(index), int(count), port)
     settings = json.loads(text)
-    print(json.dumps({"save": save, "restore": restore}[settings["do"]](Path(folder), settings)))
+    print(json.dumps({"save": save, "suffer": suffer, "restore": restore}[settings["do"]](Path(folder), settings)))

@@ -106,6 +106,12 @@ def staging_path(final: Path, tag: str) -> Path:
     return final.with_name(f"{final.name}{OUR_MARK}{tag}")
 
 
+def list_staged(final: Path, tag: str) -> list[Path]:
+    """Returns what is being written for `final`, or was by writers that died, with the tags `<tag>-<number>`."""
+    first = staging_path(final, f"{tag}-").name
+    return sorted(final.with_name(name) for name in os.listdir(final.parent) if name.startswith(first))
+
+
 class StagedDirectory:
     """A directory that is being written beside its final place, under a name that readers skip.
 

@@ -26,7 +26,8 @@ from offstep.records import NO_SLOT, Job
 from offstep.signals import held_signals
 from offstep.writer import Outcome, Writer
 
-_GRACE_SECONDS = 5.0  # how much longer than the primary the others wait for what it decides
+_GRACE = 0.1  # how much longer than the primary the others wait for what it decides, as a part of `commit_seconds`
+_LEAST_GRACE_SECONDS = 1.0
 _FOREVER_SECONDS = 3600.0
 _SHOWN = 8
 _engine_numbers = itertools.count(1)  # the processes open their engines in the same order
@@ -97,6 +98,10 @@ class JointCommits:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def _grace_seconds(self) -> float:
+        return max(_LEAST_GRACE_SECONDS, _GRACE * self._commit_seconds)
 
     @property
     def is_primary(self) -> bool:
@@ -358,12 +363,12 @@ class JointCommits:
         with contextlib.suppress(ServiceLost):
             self._group.put(f"{save.key}/decision", json.dumps(decision))
             now = time.monotonic()
-            self._old_keys.append((now + 2 * (self._commit_seconds + _GRACE_SECONDS), save.key))
+            self._old_keys.append((now + 2 * (self._commit_seconds + self._grace_seconds), save.key))
             while self._old_keys[0][0] < now:
                 self._group.delete(self._old_keys.popleft()[1])
 
     def _await_decision(self, save: _Save) -> None:
-        seconds = save.remaining_seconds() + _GRACE_SECONDS
+        seconds = save.remaining_seconds() + self._grace_seconds
         try:
             decision = self._group.get(f"{save.key}/decision", seconds)
             reason = f"process {PRIMARY}, which commits, has not told what became of it in {self._commit_seconds:g} s"

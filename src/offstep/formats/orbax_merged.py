@@ -63,7 +63,10 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
     if _is_done(job, target):
         return 0
     commit.refuse_foreign(target)
-    with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged:
+    # Of writers that died: they may have taken shares over already.
+    attempts = commit.list_staged(target, job.tag)
+    tag = f"{job.tag}-{len(attempts)}"
+    with commit.StagedDirectory(target, tag=tag, private=job.private) as staged:
         files = orbax_directory.document_files(
             prepared.directory, step=job.step, target=job.target, now_ns=time.time_ns()
         ) | _index_files(prepared, job.shares[0]["key"])
@@ -83,8 +86,12 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
         for process, share in enumerate(job.shares):
             if share["files"]:
                 name = orbax_share.item_name(process)
-                staged.adopt(Path(share["staged"]) / name, f"{STATE}/{name}")
+                places = [Path(share["staged"]), *(attempt / STATE for attempt in attempts)]
+                found = next((place for place in places if (place / name).is_dir()), places[0])
+                staged.adopt(found / name, f"{STATE}/{name}")
         staged.commit()
+    for attempt in attempts:
+        commit.discard(attempt)
     return sum(sizes.values())
 
 
