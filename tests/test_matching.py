@@ -127,3 +127,58 @@ def test_renaming_takes_the_place_of_another() -> None:
         (f"{T}c/kernel", f"{T}c/kernel"),
     ]
     assert rename_leaves(leaves, lambda name: None if "/a/" in name else name) == leaves[1:]
+
+
+def test_renaming_takes_along_what_an_optimizer_keeps_for_a_weight() -> None:
+    leaves = stored(
+        (f"{T}a/kernel", (2,)),
+        (f"{T}a_b/kernel", (2,)),
+        (f"{OPT}adam/iteration", ()),
+        (f"{OPT}adam/a_kernel_momentum", (2,)),
+        (f"{OPT}adam/a_b_kernel_momentum", (2,)),
+    )
+    renamed = rename_leaves(leaves, {"a": "x/y"})
+    assert ["/".join(map(str, path)) for path, _ in renamed] == [
+        f"{T}x/y/kernel",
+        f"{T}a_b/kernel",
+        f"{OPT}adam/iteration",
+        f"{OPT}adam/x_y_kernel_momentum",
+        f"{OPT}adam/a_b_kernel_momentum",
+    ]
+
+
+SEED = "non_trainable_variables/seed_generator{}/seed_generator_state"
+
+
+def test_what_does_not_fit_a_later_model_is_told_of_its_leaf() -> None:
+    there = stored(
+        (f"{T}dense/kernel", (2, 8)),
+        (f"{T}dense_1/kernel", (8, 1)),
+        (f"{OPT}adam/dense_kernel_momentum", (2, 8)),
+        (SEED.format(""), (2,)),
+    )
+    wanted = targets(
+        (f"{T}s_1/dense_4/kernel", (2, 9)),
+        (f"{T}s_1/dense_5/kernel", (8, 1)),
+        (f"{OPT}sgd/s_1_dense_4_kernel_momentum", (2, 9)),
+        (SEED.format("_7"), (2,)),
+        (SEED.format("_8"), (2,)),
+    )
+    names = [(t.path[0], *t.path[2:]) if t.path[1] == "s_1" else t.path for t in wanted]
+    for is_ordered in (True, False):
+        matching = match(there, wanted, is_ordered=is_ordered, find_names=lambda: names)
+        assert list(matching.mismatched) == [wanted[0].name]
+        assert (
+            "holds float32[2, 8] as trainable_variables/dense/kernel, expected" in matching.mismatched[wanted[0].name]
+        )
+        assert pairs(matching, wanted) == {wanted[1].name: f"{T}dense_1/kernel"}
+        assert matching.missing == tuple(target.name for target in wanted[2:])
+        assert matching.left_over == (f"{OPT}adam/dense_kernel_momentum", SEED.format(""))
+
+
+def test_a_group_whose_leaves_are_others_is_not_paired_by_position() -> None:
+    there = stored((f"{T}dense/kernel", (2,)), (f"{T}conv/kernel", (3,)))
+    wanted = targets((f"{T}s/conv_1/kernel", (2,)), (f"{T}s/dense_1/kernel", (9,)))
+    names = [(t.path[0], *t.path[2:]) for t in wanted]
+    matching = match(there, wanted, is_ordered=True, find_names=lambda: names)
+    assert pairs(matching, wanted) == {}

@@ -231,6 +231,32 @@ def test_only_some_layers_are_restored(saved: tuple[Path, dict[str, np.ndarray]]
         assert array.tobytes() == source[name].tobytes()
 
 
+def make_sequence(width: int, *extra: Any) -> Model:
+    """A model whose names are all of Keras's making, other ones in each model of a process."""
+    layers = [keras.layers.Input((3,)), keras.layers.Dense(width), *extra, keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    return model
+
+
+def test_a_later_model_is_restored_in_part_and_its_faults_are_told_by_leaf(tmp_path: Path) -> None:
+    keras.utils.clear_session()
+    model = make_sequence(2)
+    fit(model, [ModelCheckpoint(tmp_path / "{step}")], epochs=1)
+    later = make_sequence(2, keras.layers.Dropout(0.1))
+    report = offstep.restore(later, tmp_path, partial="dense_1/bias")
+    assert report.restored == ("trainable_variables/sequential_1/dense_3/bias",)
+    report = offstep.restore(later, tmp_path)
+    assert [name for name in report.missing if not name.startswith("metrics")] == [
+        "non_trainable_variables/seed_generator/seed_generator_state"
+    ]
+    assert np.array_equal(later.layers[-1].kernel, model.layers[-1].kernel)
+    with pytest.raises(
+        StructureMismatch, match=r"dense_4/kernel: the checkpoint holds float32\[3, 2\] as .*/dense/kernel"
+    ):
+        offstep.restore(make_sequence(5), tmp_path)
+
+
 def test_a_predicate_chooses_what_is_restored(saved: tuple[Path, dict[str, np.ndarray]]) -> None:
     report = offstep.restore(make_model(), saved[0], partial=lambda name: name.endswith("bias"))
     assert report.restored == ("trainable_variables/first/bias", "trainable_variables/last/bias")

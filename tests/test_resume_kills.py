@@ -38,16 +38,22 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path: Path, mode: st
 
 
 def check_kills(directory: Path, mode: str, kills: int) -> None:
-    moments = random.Random(f"{mode} {kills}")
     per_epoch = BATCHES // MODES[mode].get("steps_per_execution", 1)
-    # With a backup after every batch the kills are spread over the whole run; else each epoch has to be finished once.
-    most = max(2, per_epoch * EPOCHS // kills) if mode != "epoch" else per_epoch * 2
-    for _ in range(kills):
-        run_until_killed(mode, directory, moments.randint(1, most))
+    for moment in choose_moments(mode, kills, per_epoch):
+        run_until_killed(mode, directory, moment)
     *lines, result = run(mode, directory)
     assert json.loads(result) == expected_result(mode)
     assert len(lines) < per_epoch * EPOCHS, "it has begun anew"
     assert not directory.exists()
+
+
+def choose_moments(mode: str, kills: int, per_epoch: int) -> list[int]:
+    """Returns after which batch of its own each run is killed, so that the training is not finished before the last."""
+    draw = random.Random(f"{mode} {kills}").randint
+    if mode != "epoch":  # a backup after every batch: spread over the whole run
+        return [draw(1, max(2, per_epoch * EPOCHS // kills)) for _ in range(kills)]
+    # Every fourth kill comes in the epoch after the first, which then is behind it; the others repeat their epoch.
+    return [draw(1, per_epoch) + per_epoch * (number % 4 == 3) for number in range(kills)]
 
 
 @cache

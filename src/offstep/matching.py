@@ -82,10 +82,41 @@ def rename_leaves(leaves: Sequence[tuple[Path, StoredLeaf]], rename: Renaming | 
     """Returns leaves with the paths under which they are looked for; dropped ones are left out."""
     if rename is None:
         return list(leaves)
-    renamed = [(_rename(path, rename), path, leaf) for path, leaf in leaves]
+    renamed = _rename_slots([(_rename(path, rename), path, leaf) for path, leaf in leaves])
     moved = {new for new, old, _ in renamed if new is not None and new != old}
     # A leaf that takes another one's place goes before the one that had the name.
     return [(new, leaf) for new, old, leaf in renamed if new is not None and (new != old or new not in moved)]
+
+
+_Renamed = list[tuple[Path | None, Path, StoredLeaf]]
+"""New path, old path, leaf."""
+
+
+def _rename_slots(renamed: _Renamed) -> _Renamed:
+    """Lets what an optimizer keeps for a weight, which has the joined path of the weight in its name, go with it."""
+    weights = {
+        _join(old): None if new is None else _join(new) for new, old, _ in renamed if old and old[0] in WEIGHT_GROUPS
+    }
+    if all(old == new for old, new in weights.items()):
+        return renamed
+    return [
+        (_rename_slot(old, weights) if new == old and old and old[0] == OPTIMIZER_GROUP else new, old, leaf)
+        for new, old, leaf in renamed
+    ]
+
+
+def _rename_slot(path: Path, weights: Mapping[str, str | None]) -> Path | None:
+    own = str(path[-1])
+    ends = (end for end in range(len(own) - 1, 0, -1) if own[end] == "_")
+    old = next((own[:end] for end in ends if own[:end] in weights), None)
+    if old is None:
+        return path
+    new = weights[old]
+    return None if new is None else (*path[:-1], new + own[len(old) :])
+
+
+def _join(path: Path) -> str:
+    return "_".join(map(str, path[1:]))
 
 
 def _rename(path: Path, rename: Renaming) -> Path | None:
@@ -144,17 +175,20 @@ def match(
     found = _match_by_name(stored, [target.path for target in targets])
     if _is_sure(found, stored, targets, is_ordered=is_ordered and may_use_position):
         return _finish(found, {}, stored, targets, cast=cast)
+    names = [target.path for target in targets]
     if find_names is not None:
-        saved = _match_by_name(stored, find_names())
+        names = list(find_names())
+        saved = _match_by_name(stored, names)
         if _is_sure(saved, stored, targets, is_ordered=False):
             return _finish(saved, {}, stored, targets, cast=cast)
         found = max(saved, found, key=lambda partners: sum(partner is not None for partner in partners))
     if not may_use_position:
         return _finish(found, {}, stored, targets, cast=cast)
     aligned = _match_by_position(stored, targets, is_ordered=is_ordered)
-    if aligned is not None:  # all but the metrics
-        found = [other if other is not None else own for other, own in zip(aligned, found, strict=True)]
-    aligned = _fill_by_class(found, stored, targets)
+    if aligned is None:
+        aligned = _match_by_kind(stored, names, is_ordered=is_ordered)
+    found = [other if other is not None else own for other, own in zip(aligned, found, strict=True)]
+    aligned = _fill_by_class(found, stored, names, targets)
     moved = {
         target.name: stored[partner][1].name
         for target, partner in zip(targets, aligned, strict=True)
@@ -226,6 +260,32 @@ def _match_by_position(
     return partners
 
 
+def _match_by_kind(stored: Sequence[tuple[Path, StoredLeaf]], names: Sequence[Path], *, is_ordered: bool) -> Partners:
+    """Pairs the leaves of each group that are the same, one after another, but for numbers in names.
+
+    Shapes may differ, which is then told of the right leaf. States of random generators, which layers such as `Dropout`
+    bring along, are pairs by themselves.
+    """
+    partners: Partners = [None] * len(names)
+    paths = [path for path, _ in stored]
+    by_part = _number_by_part(paths)
+    for part, numbers in _number_by_part(names).items():
+        places, candidates = numbers, by_part.get(part, [])
+        if not is_ordered:
+            places, candidates = _sort(names, places), _sort(paths, candidates)
+        is_same = [_stem(names[place]) for place in places] == [_stem(paths[one]) for one in candidates]
+        if is_same and part[0] != METRICS_GROUP:
+            partners = _with_pairs(partners, places, candidates)
+    return partners
+
+
+def _number_by_part(paths: Sequence[Path]) -> dict[tuple[PathKey, bool], list[int]]:
+    parts: dict[tuple[PathKey, bool], list[int]] = {}
+    for number, path in enumerate(paths):
+        parts.setdefault((path[0], path[-1] == _SEED), []).append(number)
+    return parts
+
+
 def _number_by_group(paths: Iterable[Path]) -> dict[PathKey, list[int]]:
     groups: dict[PathKey, list[int]] = {}
     for number, path in enumerate(paths):
@@ -260,7 +320,10 @@ def _sort(paths: Sequence[Path], numbers: Iterable[int]) -> list[int]:
 
 
 def _fill_by_class(
-    found: Partners, stored: Sequence[tuple[Path, StoredLeaf]], targets: Sequence[TargetLeaf]
+    found: Partners,
+    stored: Sequence[tuple[Path, StoredLeaf]],
+    names: Sequence[Path],
+    targets: Sequence[TargetLeaf],
 ) -> Partners:
     """Completes a matching by names: pairs what is left of each stem, where both sides have as many."""
     partners = list(found)
@@ -270,12 +333,12 @@ def _fill_by_class(
         if number not in used:
             free.setdefault(_stem(path), []).append(number)
     wanted: dict[Path, list[int]] = {}
-    for number, target in enumerate(targets):
+    for number, name in enumerate(names):
         if partners[number] is None:
-            wanted.setdefault(_stem(target.path), []).append(number)
+            wanted.setdefault(_stem(name), []).append(number)
     for stem, numbers in wanted.items():
         candidates = _sort([path for path, _ in stored], free.get(stem, []))
-        places = _sort([target.path for target in targets], numbers)
+        places = _sort(names, numbers)
         if [stored[number][1].shape for number in candidates] == [targets[number].shape for number in places]:
             partners = _with_pairs(partners, places, candidates)
     return partners

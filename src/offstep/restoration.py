@@ -293,6 +293,8 @@ def _match(
     if wishes.partial is None:
         return matching
     wanted = {target.name for target in targets if is_selected(target.path, wishes.partial)}
+    if not wanted:  # those of the checkpoint, which are the ones of a fresh process
+        wanted = {targets[number].name for number, leaf in matching.pairs if is_selected(leaf.path, wishes.partial)}
     if not wanted:
         raise StructureMismatch(
             f"partial={wishes.partial!r} selects no leaf of the target; it has {_show(t.name for t in targets)}"
