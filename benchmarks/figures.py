@@ -1,13 +1,13 @@
 """Which figures does the README show? Puts those of the newest results between its two marks, and draws its picture.
 
-    python benchmarks/figures.py            # after new results: `SOURCES` says which files they come from
-
-`tests/test_readme.py` compares README and picture with the results.
+python benchmarks/figures.py            # after new results: `SOURCES` says which files they come from
+python benchmarks/figures.py --check    # only say whether README and picture are those of the results
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,13 @@ Row = dict[str, Any]  # of a file of results
 
 
 def main() -> None:
-    README.write_text(insert(README.read_text(), render()))
-    PICTURE.write_text(draw_picture())
-    print(README, PICTURE)
+    made = {README: insert(README.read_text(), render()), PICTURE: draw_picture()}
+    if "--check" in sys.argv[1:]:
+        old = [str(path) for path, text in made.items() if path.read_text() != text]
+        sys.exit(f"not of the newest results: {' '.join(old)}" if old else 0)
+    for path, text in made.items():
+        path.write_text(text)
+        print(path)
 
 
 def insert(text: str, table: str) -> str:

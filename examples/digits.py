@@ -1,6 +1,6 @@
 """A MiniVGGNet on handwritten digits that is saved while it trains, restored by stock Keras, killed, and resumed.
 
-python examples/digits.py                   the whole demonstration, in a temporary directory
+python examples/digits.py                   the whole demonstration, in a temporary directory (--report keeps its page)
 python examples/digits.py train ckpts       train, saving into ckpts/<step>; again after a kill: go on where it was
 python examples/digits.py evaluate ckpts    load the newest with stock Keras and evaluate it
 """
@@ -91,7 +91,8 @@ def train(root: Path, *, announce_steps: bool = False) -> tuple[keras.Model, Mod
     (images, labels), _ = load_data()
     keras.utils.set_random_seed(7)
     model = build_model()
-    checkpoint = ModelCheckpoint(f"{root}/{{step}}", save_freq=SAVE_EVERY, max_to_keep=5, resume=True)
+    log = root.with_name(f"{root.name}-events.jsonl")
+    checkpoint = ModelCheckpoint(f"{root}/{{step}}", save_freq=SAVE_EVERY, max_to_keep=5, resume=True, event_log=log)
     model.fit(
         images,
         labels,
@@ -203,11 +204,31 @@ def show_kill(console: Console, root: Path, expected: str) -> None:
     console.print("equal, bit for bit, to the run that was not killed")
 
 
-def show_all() -> None:
+def show_commands(console: Console, root: Path, page: Path | None) -> None:
+    """Runs the command `offstep` on what the killed and resumed training has left."""
+    page = page or root.with_name("report.html")
+    for arguments in (
+        ("ls", root),
+        ("verify", root),
+        ("report", root.with_name(f"{root.name}-events.jsonl"), page),
+    ):
+        console.rule(" ".join(["offstep", arguments[0], *(Path(argument).name for argument in arguments[1:])]))
+        subprocess.run([sys.executable, "-m", "offstep", *map(str, arguments)], check=True)
+
+
+def show_comparison(console: Console) -> None:
+    """Trains the same network with offstep, and with Keras's own callbacks."""
+    console.rule("the same training with other callbacks")
+    subprocess.run([sys.executable, Path(__file__).with_name("compare.py")], check=True)
+
+
+def show_all(page: Path | None) -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as directory:
         expected = show_restore(console, Path(directory, "ckpts"))
         show_kill(console, Path(directory, "killed"), expected)
+        show_commands(console, Path(directory, "killed"), page)
+    show_comparison(console)
 
 
 def main() -> None:
@@ -215,9 +236,10 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=("train", "evaluate"))
     parser.add_argument("root", nargs="?", type=Path, help="directory of the checkpoints")
     parser.add_argument("--announce-steps", action="store_true", help="print every step that is done")
+    parser.add_argument("--report", type=Path, help="where the page of the demonstration goes, and stays")
     options = parser.parse_args()
     if options.command is None:
-        show_all()
+        show_all(options.report)
     elif options.root is None:
         parser.error(f"{options.command} needs the directory of the checkpoints")
     elif options.command == "evaluate":
