@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "batch": {"save_freq": 1},
     "execution": {"save_freq": 3, "steps_per_execution": 3},
     "accumulation": {"save_freq": 1, "gradient_accumulation_steps": 4},
+    "memory": {"save_freq": "epoch", "memory_every": 1},
 }
 
 
@@ -62,8 +63,8 @@ def train(mode: str, directory: str | None) -> dict[str, Any]:
     digits = load_digits()
     images, labels = (digits.images / 16.0).astype("float32")[..., np.newaxis], digits.target
     options = dict(MODES[mode])
-    backup = [BackupAndRestore(directory, save_freq=options["save_freq"])] if directory else []
-    del options["save_freq"]
+    how = {name: options.pop(name) for name in ("save_freq", "memory_every") if name in options}
+    backup = [BackupAndRestore(directory, **how)] if directory else []
     model = build_model(**options)
     early = keras.callbacks.EarlyStopping("val_loss", patience=4, restore_best_weights=True)
     reduce = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.2)

@@ -32,7 +32,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         double_checkpoint: Keep the backup before the newest too.
         delete_checkpoint: Delete the backups when the training is finished.
         mid_epoch: Go on within the interrupted epoch. `False` begins it again with what it had learned, as Keras does.
-        slots: See `ModelCheckpoint`, as for all that follow.
+        memory_every: Beside `save_freq`, keep a snapshot in memory every so many batches, which costs a copy and no
+            writing: see `ModelCheckpoint`. With 1, at most one batch is lost.
+        memory_linger: See `ModelCheckpoint`, as for all that follow.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -49,6 +51,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         delete_checkpoint: bool = True,
         *,
         mid_epoch: bool = True,
+        memory_every: int | None = None,
+        memory_linger: str | float = "10min",
         slots: int = 2,
         on_busy: OnBusy = "wait",
         on_error: OnError = "raise",
@@ -86,6 +90,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
             in_process=in_process,
             retry_seconds=retry_seconds,
             takeover=takeover,
+            memory_every=memory_every,
+            memory_linger=memory_linger,
             resume=True,
         )
         self._saver.resume_for(self, mid_epoch=mid_epoch)

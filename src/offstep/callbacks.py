@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from offstep import keras_formats, keras_state, ownership, recovery, retention
+from offstep import keras_formats, keras_state, ownership, policy, recovery, retention
 from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
 from offstep.checkpointer import check_full_every
@@ -105,6 +105,10 @@ class ModelCheckpoint(DecidingCheckpoint):
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
             not been interrupted; see `BackupAndRestore`. Not with Keras's files, nor with `save_weights_only`.
+        memory_every: Beside `save_freq`, keep a snapshot in memory every so many batches, which costs a copy and no
+            writing. Should the process be killed, the writer makes the newest one durable, and hands it to the run
+            that goes on (`resume=True`). Takes one slot more.
+        memory_linger: How long the writer waits with it for that run: a time such as `"10min"`, or seconds.
         on_durable: Called with the `SaveStats` of each save that has become durable, on the training thread, which it
             holds up: hand long work (an upload) to a thread of your own, and keep the checkpoint until that is done.
         event_log: A file, `"offstep-events.jsonl"` say, to which a line of JSON is appended for each snapshot and what
@@ -151,6 +155,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         private: bool = False,
         save_on_preemption: bool = False,
         preemption_seconds: float = 25.0,
+        memory_every: int | None = None,
+        memory_linger: str | float = "10min",
         on_durable: OnDurable | None = None,
         event_log: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -187,6 +193,8 @@ class ModelCheckpoint(DecidingCheckpoint):
             exit_seconds=exit_seconds,
             private=private,
             commit_seconds=commit_seconds,
+            memory_every=memory_every,
+            memory_linger_seconds=policy.parse_seconds(memory_linger, "memory_linger"),
         )
         if skip_unchanged and self._destination.is_file:
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
@@ -213,8 +221,16 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._dispatch = Dispatch()
         self._resumption = _make_resumption(self) if resume else None
         self._preemption: Preemption | None = None
+        self._memory_every, self._kept_at = memory_every, 0  # the count of batches at the last snapshot
+        if memory_every is not None:
+            self._check_can_save_any_batch("memory_every")
+            if not self._destination.is_constant:
+                raise ValueError(
+                    "memory_every needs a directory whose name has no fields but a last one, such as 'ckpts/{step}'. "
+                    f"Received: filepath={filepath}"
+                )
         if save_on_preemption:
-            self._check_can_save_any_batch()
+            self._check_can_save_any_batch("save_on_preemption")
             self._preemption = Preemption(preemption_seconds)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -393,6 +409,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._obey_preemption(self._steps.last_batch)
         if self._resumption is not None:
             self._resumption.end()
+        self._engine.forget_kept()
         self._engine.close()
         if self._preemption is not None:
             self._preemption.stop_watching()
@@ -433,6 +450,7 @@ class ModelCheckpoint(DecidingCheckpoint):
                 logs = self._dispatch.wait_for_logs(batch)
             self._save_model(epoch=self._current_epoch, batch=batch, logs=logs)
         else:
+            self._keep_in_memory(batch)
             self._get_ready()
         self._observer.end_batch(self._steps.current)
         self._obey_preemption(None if is_due else batch)
@@ -455,12 +473,12 @@ class ModelCheckpoint(DecidingCheckpoint):
             print(f"offstep: at SIGTERM: {error}", file=sys.stderr)
         preemption.hand_over()  # where that lets training go on, it watches further
 
-    def _check_can_save_any_batch(self) -> None:
+    def _check_can_save_any_batch(self, name: str) -> None:
         if self.save_best_only:
-            raise ValueError("save_on_preemption saves what there is, not the best. Received: save_best_only=True")
+            raise ValueError(f"{name} saves what there is, not the best. Received: save_best_only=True")
         if self._destination.template.fields - {"epoch", "batch", "step"}:
             raise ValueError(
-                "save_on_preemption wants no other fields than epoch, batch and step in filepath: it cannot wait for "
+                f"{name} wants no other fields than epoch, batch and step in filepath: it cannot wait for "
                 f"metrics. Received: filepath={self.filepath}"
             )
 
@@ -505,19 +523,13 @@ class ModelCheckpoint(DecidingCheckpoint):
             return
         self._destination.refuse_directory(filepath)
         arrays = self._live_arrays()
-        manifest = {
-            "epoch": epoch + 1,
-            "batch": None if batch is None else batch + 1,
-            "metrics": plain_numbers(logs or {}),
-            "versions": _VERSIONS,
-        }
         pending = self._engine.save(
             arrays,
             self._steps.current,
             self._place(filepath, epoch, batch, logs),
             step_leaf=self._iteration_index,
             step_divisor=self._steps.divisor,
-            manifest=manifest,
+            manifest=_describe_moment(epoch, batch, logs),
             ranking=self._rank(self._keep_best, self._keep_every),
             attachments=self._pack_extra(epoch, batch, logs),
             note=f"\nEpoch {epoch + 1}: finished saving model to {filepath}",
@@ -529,11 +541,32 @@ class ModelCheckpoint(DecidingCheckpoint):
             self.best = best  # the next one has to beat what is on the disk
             self._observer.skip(self._steps.current, filepath)
             return
+        self._kept_at = self._steps.counted
         self._tell_if_step_stays(pending)
         self._destination.remember(pending)
         self._observer.follow(pending)
         if self._frequency is not None:
             self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)
+
+    def _keep_in_memory(self, batch: int) -> None:
+        if self._memory_every is None or self._steps.counted - self._kept_at < self._memory_every:
+            return
+        arrays = self._live_arrays()
+        if not self._counts_exactly:
+            self._correct_steps()
+        epoch = self._current_epoch
+        is_kept = self._engine.keep(
+            arrays,
+            self._steps.current,
+            self._place(self._get_file_path(epoch, batch, None), epoch, batch, None),
+            step_leaf=self._iteration_index,
+            step_divisor=self._steps.divisor,
+            manifest=_describe_moment(epoch, batch, None),
+            ranking=self._rank(self._keep_best, self._keep_every),
+            attachments=lambda: self._pack_extra(epoch, batch, None),
+        )
+        if is_kept:
+            self._kept_at = self._steps.counted
 
     def _tell_if_step_stays(self, pending: PendingSave) -> None:
         """Says that the optimizer does not count, as where `train_step` has optimizers of its own."""
@@ -662,6 +695,15 @@ class ModelCheckpoint(DecidingCheckpoint):
             keras_state.print_message(pending.note)
         if self.verbose > 1:
             keras_state.print_message(describe_costs(pending.stats))
+
+
+def _describe_moment(epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Any]:  # JSON
+    return {
+        "epoch": epoch + 1,
+        "batch": None if batch is None else batch + 1,
+        "metrics": plain_numbers(logs or {}),
+        "versions": _VERSIONS,
+    }
 
 
 def has_own_hooks(callback: keras.callbacks.Callback, cls: type) -> bool:

@@ -17,6 +17,7 @@ from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
+from offstep.keeping import Keeper
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
@@ -44,6 +45,7 @@ class Engine:
         self._opened: Opened | None = None
         self._reports = Reports(options.on_error)
         self._submitter = Submitter(options, self._reports, on_durable)
+        self._keeper = Keeper(options, self._reports)
         self._tie: weakref.finalize[..., object] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -119,7 +121,8 @@ class Engine:
         plan = FORMATS[format].place(leaves, empty_nodes) if membership is None else membership.plan
         snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
         with held_signals(), ExitStack() as undo:
-            pool = SlotPool(plan.slot_bytes, options.slots, budget_bytes=options.memory_budget)
+            slots = options.slots + (options.memory_every is not None)
+            pool = SlotPool(plan.slot_bytes, slots, budget_bytes=options.memory_budget)
             undo.callback(pool.close)
             borrowed = shared_writer.borrow_shared(in_process=options.in_process)
             undo.callback(shared_writer.return_shared, in_process=options.in_process)
@@ -158,9 +161,13 @@ class Engine:
             self._opened.writer.start()
 
     def close(self) -> None:
-        """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`."""
+        """Waits for all saves, then gives slots and writer back. Failures stay to be reported by `poll`.
+
+        A snapshot that is still kept in memory is saved: the training has not ended as it should.
+        """
         if self._opened is None:
             return
+        self._save_kept()
         self.wait_all(None)
         with held_signals():  # half closed, it would keep its slots to the end of the process
             opened, self._opened = self._opened, None
@@ -184,6 +191,7 @@ class Engine:
 
     def close_if_idle(self) -> bool:
         """Closes it unless a save is pending; never waits for one; returns whether it is closed."""
+        self._save_kept()
         if self._opened is not None:
             self._collect(self._opened)
         if not self._reports.pending:
@@ -196,6 +204,7 @@ class Engine:
 
     def finish(self, within_seconds: float) -> bool:
         """Closes it if its saves are done within the time, or within its `exit_seconds`; returns whether it did."""
+        self._save_kept()
         if not self.wait_all(min(within_seconds, self._options.exit_seconds)):
             return False
         self.close()
@@ -221,6 +230,7 @@ class Engine:
     def forget_after_fork(self) -> None:
         """In a forked child: gives up the parent's slots; the next `matches` asks for slots of the child's own."""
         opened, self._opened = self._opened, None
+        self._keeper.forget_after_fork()
         self._reports.forget_pending()
         if opened is not None:
             opened.pool.abandon()
@@ -276,29 +286,25 @@ class Engine:
         self.counts.requested += 1
         opened.writer.start()  # here, because nobody hears what the fetching thread would warn of
         waited = self._wait_for_slot(opened, must_save=must_save)
-        before = time.monotonic()
-        if opened.snapshotter.settle_mode(arrays) != "device_copy":
-            opened.snapshotter.wait_until_computed(arrays)
-        compute_seconds += time.monotonic() - before
+        compute_seconds += _wait_until_computed(opened, arrays)
         state_bytes = opened.snapshotter.plan.state_bytes
         stats = SaveStats(step, target(step).shown, state_bytes, 0.0, waited, compute_seconds=compute_seconds)
         pending = PendingSave(stats, note, self)
         with held_signals():  # Ctrl-C in here would leave a slot that nobody gives back, or tear what is in it
             slot = opened.pool.try_acquire() or self._replace_oldest(opened)
             if slot is not None:
-                number = opened.writer.next_job_number()
                 work = Work(
-                    number,
+                    opened.writer.next_job_number(),
                     opened,
                     slot,
                     pending,
                     target,
+                    started,
                     step_leaf,
                     step_divisor,
-                    manifest or {},
-                    attachments or {},
-                    started,
-                    ranking or Ranking(),
+                    manifest,
+                    attachments,
+                    ranking,
                 )
                 self._submitter.hand_over(work, arrays)
             pending.change(call_seconds=time.monotonic() - started)
@@ -307,6 +313,52 @@ class Engine:
                 self._reports.skip(pending)
         self.make_ready()  # after the copy, with which the touching would compete
         return None if slot is None else pending
+
+    def keep(
+        self,
+        arrays: Sequence[Array],
+        step: int,
+        target: Callable[[int], Target],
+        *,
+        attachments: Callable[[], Mapping[str, Attachment]] = dict,
+        **about: Any,
+    ) -> bool:
+        """Takes a snapshot that is kept in memory in place of the one before, and written only if this process dies.
+
+        Never waits for a slot. The arguments are those of `save`, of which `about` may have `step_leaf`,
+        `step_divisor`, `manifest` and `ranking`; `attachments` is called only if a snapshot is taken.
+
+        Returns:
+            Whether it was taken: a slot was free, and none is on its way from the device.
+        """
+        opened = self._opened
+        assert opened is not None, "open() comes first"
+        if self._keeper.is_busy or not opened.pool.has_free:
+            return False
+        started = time.monotonic()
+        _wait_until_computed(opened, arrays)
+        pending = PendingSave(SaveStats(step, "", opened.snapshotter.plan.state_bytes, 0.0, 0.0), "", self)
+        about["attachments"] = attachments()
+        with held_signals():
+            slot = opened.pool.try_acquire()
+            if slot is not None:
+                number = opened.writer.next_job_number()
+                self._keeper.keep(Work(number, opened, slot, pending, target, started, **about), arrays)
+        self.make_ready()
+        return slot is not None
+
+    def forget_kept(self) -> None:
+        """Gives up the snapshot that is kept in memory: the training has ended well."""
+        self._keeper.forget()
+
+    def _save_kept(self) -> None:
+        work = self._keeper.take()
+        if work is not None:
+            with held_signals():
+                self.counts.requested += 1
+                self._reports.expect(work.number, work.pending)
+                self._reports.keep(work.pending)
+                self._submitter.submit(work)
 
     def _wait_for_slot(self, opened: Opened, *, must_save: bool) -> float:
         """Waits where `on_busy` says so, and returns how many seconds."""
@@ -404,3 +456,11 @@ class Engine:
         """Takes in what has become of saves."""
         collect = opened.writer.collect if opened.joint is None else opened.joint.take_in
         collect(timeout_seconds, until)
+
+
+def _wait_until_computed(opened: Opened, arrays: Sequence[Array]) -> float:
+    """Waits for the running step where the copy has to, and returns how many seconds."""
+    started = time.monotonic()
+    if opened.snapshotter.settle_mode(arrays) != "device_copy":
+        opened.snapshotter.wait_until_computed(arrays)
+    return time.monotonic() - started

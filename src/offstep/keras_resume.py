@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +17,15 @@ from typing import Any, Literal
 import jax
 import keras
 
-from offstep import attachments, catalog, keras_random, keras_state, policy
+from offstep import attachments, catalog, keras_random, keras_state, memory_tier, policy
 from offstep.attachments import Attachment, Value
 from offstep.errors import CheckpointNotFound, StructureMismatch
+from offstep.formats.slot_reader import SlotReader
 from offstep.keras_callback_state import CallbackStates
 from offstep.keras_data import DataPosition, Skip
 from offstep.keras_fit import NO_EPOCH_LEFT, AfterAll, RunningFit, find_fit, set_initial_epoch
 from offstep.keras_rebuild import GROUPS, list_variables
-from offstep.restoration import restore
+from offstep.restoration import restore, restore_from
 
 Model = Any  # Keras carries no types
 Event = Literal["train_batch_begin", "train_batch_end", "test_begin", "epoch_end"]
@@ -117,13 +119,36 @@ class Resumption:
                 "only one callback of a fit can resume it: one BackupAndRestore, or one ModelCheckpoint with "
                 f"resume=True. Received: a second one, {type(self.owner).__name__}"
             )
-        self._found = self._read_newest(find_checkpoints(filepath))
+        checkpoints = find_checkpoints(filepath)
+        self._found = self._read_inherited(filepath, checkpoints) or self._read_newest(checkpoints)
         if self._fit is not None:
             AfterAll(self._fit.callbacks, self._begin_after_all)
         elif self._found is not None:
             self._put_back_model(self._found)
             self._tell("Only the model was restored: this is not Keras's fit, or one that offstep does not know.")
             self._found = None
+
+    def _read_inherited(self, filepath: str, checkpoints: Sequence[Path]) -> _Found | None:
+        """Reads the snapshot that the writer of a dead run still has in memory, if it is the newest."""
+        root, _ = policy.split_target(policy.Template(filepath))
+        if root.fields:
+            return None
+        try:
+            inheritance = memory_tier.inherit(Path(root.format({})))
+            if inheritance is None:
+                return None
+            with closing(inheritance):
+                is_newest = not checkpoints or int(checkpoints[0].name) <= inheritance.job.step
+                if not (inheritance.is_wanted and is_newest):
+                    return None
+                found = _read_snapshot(inheritance, self._model)
+        except (OSError, ValueError) as error:
+            self._tell(f"The snapshot in the memory of the run before cannot be used, the disk is read: {error}")
+            return None
+        if getattr(self.owner, "verbose", 0):
+            text = f"offstep: step {inheritance.job.step} was restored from the memory of writer {inheritance.writer}"
+            keras_state.print_message(text)
+        return found
 
     def _read_newest(self, checkpoints: Sequence[Path]) -> _Found | None:
         for path in checkpoints:
@@ -321,12 +346,24 @@ def find_checkpoints(filepath: str) -> list[Path]:
 
 
 def _read(path: Path, model: Model) -> _Found:
-    extra = attachments.read(path / EXTRA_NAME)
-    if extra["version"] > _VERSION:
-        raise ValueError(f"it was written by a newer offstep (version {extra['version']} of its extra file)")
-    large = {key: attachments.read(path / _large_name(key)) for key in extra["large"]}
+    extra, large = _unpack(lambda name: attachments.read(path / name))
     restore(model, path)
     return _Found(path, keras_state.live_arrays(model), extra, large)
+
+
+def _read_snapshot(snapshot: memory_tier.Inheritance, model: Model) -> _Found:
+    path = Path(snapshot.job.target)
+    extra, large = _unpack(lambda name: attachments.read(snapshot.attached_file(name)))
+    with closing(SlotReader(path, snapshot.plan, snapshot.slot, snapshot.job.manifest)) as reader:
+        restore_from(model, reader)
+    return _Found(path, keras_state.live_arrays(model), extra, large)
+
+
+def _unpack(read: Callable[[str], Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    extra: dict[str, Value] = read(EXTRA_NAME)
+    if extra["version"] > _VERSION:
+        raise ValueError(f"it was written by a newer offstep (version {extra['version']} of its extra file)")
+    return extra, {key: read(_large_name(key)) for key in extra["large"]}
 
 
 def _large_name(key: str) -> str:

@@ -29,6 +29,8 @@ class Options:
     exit_seconds: float = 300.0
     private: bool = False
     commit_seconds: float = 300.0
+    memory_every: int | None = None
+    memory_linger_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         """Checks each option.
@@ -51,7 +53,14 @@ class Options:
         every = self.full_every
         is_every = every is None or (isinstance(every, int) and every >= 1)
         _check(is_every, "full_every must be None or an integer of at least 1", every)
-        for name in ("retry_seconds", "exit_seconds", "commit_seconds"):
+        every = self.memory_every
+        is_every = every is None or (isinstance(every, int) and every >= 1)
+        _check(is_every, "memory_every must be None or an integer of at least 1", every)
+        can_keep = every is None or not self.in_process
+        _check(
+            can_keep, "memory_every needs a writer in a process of its own, which outlives this one", "in_process=True"
+        )
+        for name in ("retry_seconds", "exit_seconds", "commit_seconds", "memory_linger_seconds"):
             seconds = getattr(self, name)
             is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
             _check(is_time, f"{name} must be a finite number of seconds, 0 or more", seconds)

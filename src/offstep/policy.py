@@ -45,6 +45,20 @@ class SaveFrequency:
     unit: FrequencyUnit
 
 
+def parse_seconds(time: str | float, name: str) -> float:
+    """Returns the seconds of `"30s"`, `"10min"`, `"2h"` or a number.
+
+    Raises:
+        ValueError: it is neither; `name` is the argument that the user has given.
+    """
+    if isinstance(time, (int, float)) and not isinstance(time, bool) and 0 <= time < math.inf:
+        return float(time)
+    found = _parse_frequency(time) if isinstance(time, str) else None
+    if found is None or found.unit != "seconds":
+        raise ValueError(f"{name} must be seconds, or a time such as '30s', '10min' or '2h'. Received: {time!r}")
+    return found.count
+
+
 def parse_save_freq(save_freq: str | int) -> SaveFrequency:
     """Returns what a `save_freq` asks for.
 

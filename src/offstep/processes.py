@@ -91,6 +91,11 @@ def find_membership(
             "several processes have to save the same steps, so none may skip one for itself: on_busy must be 'wait'. "
             f"Received: {options.on_busy!r}"
         )
+    if options.memory_every is not None:
+        raise ValueError(
+            "several processes would each keep a step of their own: memory_every is for a state in one process. "
+            f"Received: memory_every={options.memory_every!r}"
+        )
     if any(leaf.is_frozen for leaf in leaves):
         raise ValueError("skip_unchanged is for a state in one process. Received: one that spans several")
     orbax_directory.check_leaves(leaves)

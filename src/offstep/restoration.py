@@ -128,9 +128,18 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with _collector_paused(), closing(open_newest(Path(path), verify="fast")) as reader:
-        restored = _restore_model if _is_model(target) else _restore_tree
-        return restored(target, reader, _Wishes(partial, rename, strict, cast, threads))
+    with closing(open_newest(Path(path), verify="fast")) as reader:
+        return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
+
+
+def restore_from(target: Tree, reader: Reader) -> RestoreReport:
+    """Does what `restore` does without further arguments, from a checkpoint that is open."""
+    return _restore(target, reader, _Wishes(None, None, strict=True, cast=False, threads=READ_THREADS))
+
+
+def _restore(target: Tree, reader: Reader, wishes: _Wishes) -> RestoreReport:
+    with _collector_paused():
+        return (_restore_model if _is_model(target) else _restore_tree)(target, reader, wishes)
 
 
 def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS) -> np.ndarray:

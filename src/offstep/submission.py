@@ -51,12 +51,12 @@ class Work:
     slot: Slot
     pending: PendingSave
     target: Callable[[int], Target]
-    step_leaf: int | None
-    step_divisor: int
-    manifest: dict[str, Any]  # JSON
-    attachments: Mapping[str, Attachment]
     started: float
-    ranking: Ranking
+    step_leaf: int | None = None
+    step_divisor: int = 1
+    manifest: dict[str, Any] | None = None  # JSON
+    attachments: Mapping[str, Attachment] | None = None
+    ranking: Ranking | None = None
 
     def read_step(self) -> int:
         """Returns the step that the snapshot itself holds."""
@@ -105,7 +105,7 @@ class Submitter:
             return
         opened.snapshotter.take(arrays, work.slot, are_computed=True)
         if opened.rendering is None or (opened.rendering.is_settled and self._is_queue_empty(work)):
-            self._submit(work)
+            self.submit(work)
         else:
             self._queue(work, None)
 
@@ -122,7 +122,7 @@ class Submitter:
         try:
             if private is not None:
                 work.opened.snapshotter.fetch(private, work.slot)
-            self._submit(work, _render(work, self._reports.remark))
+            self.submit(work, _render(work, self._reports.remark))
         except Exception as error:  # noqa: BLE001  reported like any failure of the writer
             text = f"{type(error).__name__}: {error}"
             if self._can_give_up(work):
@@ -135,15 +135,21 @@ class Submitter:
         """Takes a save back after an error; false when the writer has begun, and will report, or has reported."""
         return not work.pending.done() and work.opened.writer.call_off(work.number)
 
-    def _submit(self, work: Work, content: bytes | None = None) -> None:
+    def submit(self, work: Work, content: bytes | None = None) -> None:
+        """Hands the snapshot in the slot to the writer; any thread.
+
+        Args:
+            work: A save that `reports` expects.
+            content: The file, where the trainer had to make it.
+        """
         step = work.pending.step if work.step_leaf is None else work.read_step()
         target = work.target(step)
         work.pending.change(step=step, path=target.shown)
-        job = _describe_job(work, step, target, self._options)
+        job = describe_job(work, step, target, self._options)
         if work.opened.joint is not None:
             work.opened.joint.submit(
                 job,
-                work.attachments,
+                work.attachments or {},
                 on_submitted=work.pending.mark_submitted,
                 on_written=lambda: work.opened.pool.release(work.slot),
                 on_outcome=lambda outcome: self._settle(work, outcome),
@@ -191,7 +197,7 @@ def _render(work: Work, remark: Callable[[str], None]) -> bytes | None:
     return rendering.render(arrays)
 
 
-def _describe_job(work: Work, step: int, target: Target, options: Options) -> Job:
+def describe_job(work: Work, step: int, target: Target, options: Options) -> Job:
     """Returns what the writer has to be told."""
     return Job(
         number=work.number,
@@ -206,8 +212,8 @@ def _describe_job(work: Work, step: int, target: Target, options: Options) -> Jo
         keep=target.keep,
         replace_all=target.replace_all,
         siblings=target.siblings,
-        manifest=work.manifest | {"step": step, "run": work.opened.writer.run},
-        ranking=asdict(work.ranking),
+        manifest=(work.manifest or {}) | {"step": step, "run": work.opened.writer.run},
+        ranking=asdict(work.ranking or Ranking()),
         lock=work.opened.lock_number,
         full_every=options.full_every,
         retry_seconds=options.retry_seconds,

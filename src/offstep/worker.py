@@ -19,14 +19,16 @@ import time
 import traceback
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offstep import catalog, commit, ownership, recovery, retention
+from offstep import catalog, commit, memory_tier, ownership, recovery, retention
 from offstep.buffers import Claim, Slot
 from offstep.errors import TargetInUse
 from offstep.formats import FORMATS, file_manifest
+from offstep.inbox import Attached, Inbox, drop
 from offstep.manifest import Manifest
 from offstep.records import NO_SLOT, Job, Plan
 from offstep.retention import Kept, Ranking
@@ -39,8 +41,7 @@ _NOTHING = mmap.mmap(-1, mmap.PAGESIZE)  # in the place of a slot
 
 @dataclass
 class _Holdings:
-    """What the trainer has handed over: slots by number, with their claims, prepared plans by number, files to attach;
-    and the roots seen so far.
+    """What the trainer has handed over: slots by number, with their claims, plans by number; and the roots seen so far.
 
     In place of a plan that could not be prepared there is the error, for the jobs that need it.
     """
@@ -48,10 +49,11 @@ class _Holdings:
     slots: dict[int, mmap.mmap] = field(default_factory=dict)
     claims: dict[int, Claim] = field(default_factory=dict)
     plans: dict[int, Any] = field(default_factory=dict)  # whatever the format's `prepare` returned
+    plan_texts: dict[int, int] = field(default_factory=dict)  # descriptors
+    slot_files: dict[int, int] = field(default_factory=dict)  # descriptors
     locks: dict[int, tuple[Path, int]] = field(default_factory=dict)
     roots: set[str] = field(default_factory=set)
     census: catalog.Census = field(default_factory=catalog.Census)
-    attachments: dict[int, dict[str, mmap.mmap]] = field(default_factory=dict)  # by job and name
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -62,24 +64,54 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
         local_slots: Slots by number, where trainer and writer share one process.
     """
     holdings = _Holdings()
-    while True:
-        try:
-            message = channel.receive()
-        except EOFError:
-            break
-        if message is None or message["do"] == "close":
-            break
+    inbox = Inbox(channel)
+    while (message := inbox.next()) is not None:
         answer = _handle(message, holdings, local_slots)
         if answer is not None:
             _answer(channel, answer)
     channel.close()
+    kept = inbox.kept.values() if local_slots is None else ()  # a thread dies with the trainer
+    survivors = [_rescue(message, holdings) for message in kept]
+    heirs = memory_tier.Listener(survivors) if survivors else None
     for path, descriptor in holdings.locks.values():  # the trainer was killed, and left them to us
         ownership.give_up(path, descriptor)
-    if local_slots is None:
+    if heirs is not None:
+        _let_go_of_streams()
+        heirs.wait()
+    inbox.close()
+    _free(holdings, is_shared=local_slots is None)
+
+
+def _let_go_of_streams() -> None:
+    """Whoever reads what the trainer printed shall see the end of it now."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stderr.fileno())
+
+
+def _free(holdings: _Holdings, *, is_shared: bool) -> None:
+    for descriptor in (*holdings.plan_texts.values(), *holdings.slot_files.values()):
+        os.close(descriptor)
+    if is_shared:
         for buffer in holdings.slots.values():
             buffer.close()
         for claim in holdings.claims.values():
             claim.close()
+
+
+def _rescue(message: Message, holdings: _Holdings) -> memory_tier.Survivor:
+    """Makes a snapshot durable that was only kept in memory, now that its trainer has died."""
+    job = Job(**message["job"])
+    saved = [written for written in holdings.census.look(Path(job.root)) if written.run == job.manifest["run"]]
+    is_newest = all(written.step < job.step for written in saved)
+    answer = _save(job, holdings, message["attached"]) if is_newest else {}
+    return memory_tier.Survivor(
+        message["job"],
+        holdings.plan_texts[job.plan],
+        holdings.slot_files[job.slot],
+        message["attached"],
+        "durable_at" in answer,
+        message["linger_seconds"] if is_newest else 0.0,
+    )
 
 
 def _answer(channel: Channel, answer: Message) -> None:
@@ -97,53 +129,42 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             os.close(holdings.locks.pop(message["lock"])[1])
         case "add_plan":
             holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
+            holdings.plan_texts[message["plan"]] = message["fd"]
         case "drop_plan":
             del holdings.plans[message["plan"]]
-        case "attach":
-            holdings.attachments.setdefault(message["job"], {})[message["name"]] = _map(message["fd"], message["bytes"])
+            os.close(holdings.plan_texts.pop(message["plan"]))
         case "save":
             job = Job(**message["job"])
             claim = holdings.claims.get(job.slot)
             try:
                 # Else the trainer has taken it back.
                 if job.slot == NO_SLOT or (claim is not None and claim.take(job.number)):
-                    return _save(job, holdings)
+                    return _save(job, holdings, message["attached"])
             finally:
-                for attached in holdings.attachments.pop(job.number, {}).values():
-                    attached.close()
+                drop(message["attached"])
     return None
 
 
-def _map(descriptor: int, size_bytes: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
-
-
 def _keep_slot(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] | None) -> None:
+    number = message["slot"]
     if message["do"] == "add_slot":
-        number = message["slot"]
         if local_slots is None:
-            holdings.slots[number], holdings.claims[number] = _map_slot(message["fd"], message["bytes"])
+            descriptor, size_bytes = message["fd"], message["bytes"]
+            holdings.slot_files[number] = descriptor
+            holdings.slots[number] = mmap.mmap(descriptor, size_bytes)
+            holdings.claims[number] = Claim(descriptor, size_bytes)
         elif slot := local_slots.get(number):  # else it has been dropped again
             holdings.slots[number], holdings.claims[number] = slot.buffer, slot.claim
     else:
-        buffer, claim = holdings.slots.pop(message["slot"], None), holdings.claims.pop(message["slot"], None)
+        buffer, claim = holdings.slots.pop(number, None), holdings.claims.pop(number, None)
         if local_slots is None and buffer is not None and claim is not None:
             buffer.close()
             claim.close()
-
-
-def _map_slot(descriptor: int, size_bytes: int) -> tuple[mmap.mmap, Claim]:
-    try:
-        return mmap.mmap(descriptor, size_bytes), Claim(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
+            os.close(holdings.slot_files.pop(number))
 
 
 def _read_plan(descriptor: int) -> dict[str, Any]:
-    with open(descriptor, "rb") as file:  # closes the descriptor
+    with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         data: dict[str, Any] = json.load(file)
     return data
@@ -156,14 +177,19 @@ def _prepare(data: dict[str, Any]) -> Any:
         return error
 
 
-def _save(job: Job, holdings: _Holdings) -> Message:
+def _save(job: Job, holdings: _Holdings, attached: Attached) -> Message:
+    with ExitStack() as maps:
+        files = {name: maps.enter_context(mmap.mmap(fd, size_bytes)) for name, (fd, size_bytes) in attached.items()}
+        return _make_durable(job, holdings, files)
+
+
+def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.mmap]) -> Message:
     cpu_start, started = time.process_time(), time.monotonic()
     remarks: list[str] = []
     try:
         _check_lock(job, holdings)
         remarks += _look_after(job, holdings)
         plan, slot = holdings.plans[job.plan], _NOTHING if job.slot == NO_SLOT else holdings.slots[job.slot]
-        attachments = holdings.attachments.get(job.number, {})
         written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         code = error.errno if isinstance(error, OSError) else None

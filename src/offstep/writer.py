@@ -48,6 +48,15 @@ class _Submitted:
     attempts: int = 1
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The newest snapshot of a plan that is only kept in memory."""
+
+    number: int
+    message: Message
+    attachments: Mapping[str, Attachment]
+
+
 @dataclass
 class _Handed:
     """Everything a new writer needs to be told, in this order."""
@@ -56,6 +65,7 @@ class _Handed:
     slots: dict[int, Slot] = field(default_factory=dict)
     plans: dict[int, bytes] = field(default_factory=dict)
     jobs: dict[int, _Submitted] = field(default_factory=dict)
+    kept: dict[int, _Kept] = field(default_factory=dict)  # by plan
 
 
 class Writer:
@@ -178,6 +188,27 @@ class Writer:
             is_told = self._tell_job(submitted)
         if not is_told:
             self.collect()  # the writer has died while it had nothing to do: start another one now
+
+    def keep(self, job: Job, linger_seconds: float, attachments: Mapping[str, Attachment]) -> None:
+        """Has the writer keep a snapshot in memory, instead of the one before of the same plan.
+
+        If this process is killed, the writer makes it durable, and waits `linger_seconds` with it for the run that goes
+        on. Until `forget` or the next one its slot must not be touched; with the next one it may be at once.
+        """
+        message = {"do": "keep", "plan": job.plan, "job": asdict(job), "linger_seconds": linger_seconds}
+        with self._lock:
+            self.start()
+            kept = self._handed.kept[job.plan] = _Kept(job.number, message, attachments)
+            channel = self._channel
+            is_told = self._tell_kept(kept)
+        if not is_told and channel is not None:
+            self._replace(channel)
+
+    def forget(self, plan: int) -> None:
+        """Takes back what was kept of a plan, if anything was."""
+        with self._lock:
+            if self._handed.kept.pop(plan, None) is not None:
+                self._tell({"do": "forget", "plan": plan})
 
     def withdraw(self, number: int) -> bool:
         """Takes a job back that the writer has not begun; returns whether it could.
@@ -315,10 +346,16 @@ class Writer:
         self._tell({"do": "add_slot", "slot": slot.number, "bytes": slot.size_bytes}, descriptor)
 
     def _tell_job(self, submitted: _Submitted) -> bool:
-        for name, attachment in submitted.attachments.items():
-            note = {"do": "attach", "job": submitted.job.number, "name": name, "bytes": attachment.size_bytes}
-            self._tell(note, attachment.fd)
+        self._tell_attachments(submitted.job.number, submitted.attachments)
         return self._tell(submitted.message)
+
+    def _tell_kept(self, kept: _Kept) -> bool:
+        self._tell_attachments(kept.number, kept.attachments)
+        return self._tell(kept.message)
+
+    def _tell_attachments(self, number: int, attachments: Mapping[str, Attachment]) -> None:
+        for name, attachment in attachments.items():
+            self._tell({"do": "attach", "job": number, "name": name, "bytes": attachment.size_bytes}, attachment.fd)
 
     def _tell_lock(self, number: int) -> None:
         lock = self._handed.locks[number]
@@ -352,6 +389,8 @@ class Writer:
         for submitted in self._handed.jobs.values():
             self._offer(submitted.job)  # the writer that died may have claimed it
             self._tell_job(submitted)
+        for kept in self._handed.kept.values():
+            self._tell_kept(kept)
         if reason:  # last, because a warning may be an error
             warnings.warn(
                 f"offstep cannot start its writer process ({reason}); it writes in a thread, which slows training.",
@@ -364,6 +403,13 @@ class Writer:
         # A daemon, because `close` at exit waits for its work before it ends it.
         self._thread = threading.Thread(target=worker.serve, args=arguments, name="offstep-writer", daemon=True)
         self._thread.start()
+
+    def _replace(self, channel: Channel) -> None:
+        """Replaces a writer that has died while it had nothing to do, unless somebody has meanwhile."""
+        self.collect()  # where there are jobs, that does it
+        with self._lock:
+            if self._channel is channel:
+                self._restart()
 
     def _restart(self) -> None:
         """Replaces a writer that died, or never lived, and submits the unfinished jobs again."""
@@ -384,7 +430,7 @@ class Writer:
             text = f"the writer process ended {_MAX_ATTEMPTS} times while it wrote this (exit status {status})"
             self._finish({"job": first.job.number, "error": f"WriterDied: {text}", "errno": None, "died": True})
         with self._lock:
-            if self._handed.jobs and self._channel is None:
+            if (self._handed.jobs or self._handed.kept) and self._channel is None:
                 self._launch()
 
     def _reap(self) -> int | None:

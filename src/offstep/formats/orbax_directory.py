@@ -259,12 +259,13 @@ def _spread(prepared: PreparedDirectory, split: Split) -> ArrayItem:
 def prepare_item(name: str, plan: Plan) -> ArrayItem:
     """Makes what is the same in every database of one plan, whose slot begins the data file."""
     check_leaves(layout.leaf for layout in plan.leaves)
-    entries = sorted((entry for layout in plan.leaves for entry in _leaf_entries(layout)), key=lambda entry: entry[0])
+    entries = sorted((entry for layout in plan.leaves for entry in leaf_entries(layout)), key=lambda entry: entry[0])
     database = prepare_database(entries, node_offset=plan.slot_bytes)
     return ArrayItem(name, plan.slot_bytes, tuple(entries), database)
 
 
-def _leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
+def leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
+    """Yields the keys of a leaf in the database: its `zarr.json`, and where in a slot each of its chunks lies."""
     if layout.chunks == ():  # other processes have it
         return
     yield zarr_key(layout), encode_zarr(layout)
