@@ -16,9 +16,10 @@ def test_it_measures_and_leaves_nothing(tmp_path: Path) -> None:
     run = offstep("doctor", tmp_path, "--json")
     assert (run.code, run.err) == (0, "")
     found = run.document
-    assert all(found[name] > 0 for name in ("copy_speed", "write_speed", "sync_seconds", "free_bytes"))
+    assert all(found[name] > 0 for name in ("copy_speed", "write_speed", "sync_seconds", "free_bytes", "memory_bytes"))
     assert (found["fetch_speed"], found["devices"][0][:4]) == (None, "cpu:")
     assert "A state of 1 GB would stall training for about" in found["advice"][0]
+    assert "holds 2 snapshots of a state of up to" in found["advice"][1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,10 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import keras
+import numpy as np
 import pytest
 from blocks_of_text import find_blocks
 from command import offstep as run_command
 from runs import make_data
+from test_ocdbt import write_database
 
 import offstep
 
@@ -99,6 +102,33 @@ def make_names() -> dict[str, Any]:  # as many kinds as there are names
         "batches": [0.5] * 20,
         "train_step": train_step,
     }
+
+
+def test_the_page_on_formats_reads_a_directory_by_hand(tmp_path: Path) -> None:
+    script = find_script("docs/formats.md")
+    (tmp_path / "read_by_hand.py").write_text(script)
+    many = {f"leaf{number:04}": np.int32(number) for number in range(50)}
+    array = np.arange(15.0, dtype=np.float32).reshape(5, 3)
+    with offstep.Checkpointer(tmp_path / "run", in_process=True) as checkpointer:
+        checkpointer.save(7, {"params": {"w": array}, **many})
+    for leaf, expected in (("params.w", array.tolist()), ("leaf0041", 41)):
+        command = [sys.executable, "read_by_hand.py", "run/7", leaf]
+        ended = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        assert json.loads(ended.stdout) == expected
+
+
+def test_the_grammar_of_nodes_holds_for_a_tree_of_several_levels(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": "read_by_hand"}
+    exec(compile(find_script("docs/formats.md"), "formats.md", "exec"), names)
+    entries = [(b"key %04d" % number, b"%d" % number) for number in range(500)]
+    write_database(tmp_path, entries, b"", max_node_bytes=1000)
+    assert names["read_database"](tmp_path) == {key.decode(): value for key, value in entries}
+
+
+def find_script(page: str) -> str:
+    """Returns the only block of a page that is a file."""
+    [script] = [block.code for block in find_blocks((ROOT / page).read_text()) if block.file]
+    return script
 
 
 def test_the_readme_shows_the_figures_of_the_results() -> None:

@@ -389,7 +389,7 @@ def affordable_slots(slot_bytes: int, count: int, budget_bytes: int | None) -> i
     Raises:
         BudgetExceeded: not even one.
     """
-    budget = available_bytes() * _BUDGET_FRACTION if budget_bytes is None else budget_bytes
+    budget = default_budget_bytes() if budget_bytes is None else budget_bytes
     affordable = min(count, int(budget // slot_bytes))
     if affordable < 1:
         raise BudgetExceeded(
@@ -397,6 +397,11 @@ def affordable_slots(slot_bytes: int, count: int, budget_bytes: int | None) -> i
             f"{budget / 1e6:,.1f} MB. Raise `memory_budget` or free host memory."
         )
     return affordable
+
+
+def default_budget_bytes() -> int:
+    """Returns how much host memory slots may take where nobody says how much."""
+    return int(available_bytes() * _BUDGET_FRACTION)
 
 
 def available_bytes() -> int:

@@ -279,6 +279,7 @@ def doctor(args: Namespace) -> Answer:
         ["write, durable", f"{spell_bytes(round(found.write_speed))}/s"],
         ["one page, durable", f"{found.sync_seconds * 1e3:.3g} ms"],
         ["file system", f"{found.file_system or 'unknown'}, {spell_bytes(found.free_bytes)} free"],
+        ["memory for slots", spell_bytes(found.memory_bytes)],
         ["writer", "a process of its own" if found.can_share else "a thread"],
     ]
     return Answer(asdict(found) | {"path": str(args.path)}, [make_table(["", "measured"], rows), *found.advice])

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from offstep import commit
+from offstep import buffers, commit
 
 _PACKAGES = ("offstep", "keras", "jax", "jaxlib", "orbax-checkpoint", "tensorstore", "h5py", "numpy")
 _BYTES = 64 << 20
 _REPEATS = 3
+_SLOTS = 2  # unless the user asks for others
 _REMOTE = frozenset(("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "lustre", "ceph"))
 _VOLATILE = frozenset(("tmpfs", "ramfs"))
 
@@ -36,6 +37,7 @@ class Diagnosis:
         sync_seconds: For one page that is made durable: what every save takes at least.
         file_system: Type of the file system of the directory, `""` where it is unknown.
         free_bytes: Space that is left there.
+        memory_bytes: Host memory that slots may take now.
         can_share: Whether a writer process can see the snapshots; else a thread writes.
         advice: Sentences.
     """
@@ -48,6 +50,7 @@ class Diagnosis:
     sync_seconds: float
     file_system: str
     free_bytes: int
+    memory_bytes: int
     can_share: bool
     advice: tuple[str, ...]
 
@@ -65,6 +68,7 @@ def diagnose(directory: Path) -> Diagnosis:
     copy_speed, write_speed = _measure_copy(), _BYTES / _measure_write(directory, _BYTES)
     file_system = find_file_system(directory, Path("/proc/self/mounts").read_text())
     can_share = hasattr(os, "memfd_create")
+    memory_bytes = buffers.default_budget_bytes()
     return Diagnosis(
         versions=_list_versions(),
         devices=devices,
@@ -74,8 +78,9 @@ def diagnose(directory: Path) -> Diagnosis:
         sync_seconds=_measure_write(directory, mmap.PAGESIZE),
         file_system=file_system,
         free_bytes=os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize,
+        memory_bytes=memory_bytes,
         can_share=can_share,
-        advice=tuple(_advise(fetch_speed or copy_speed, write_speed, file_system, can_share)),
+        advice=tuple(_advise(fetch_speed or copy_speed, write_speed, memory_bytes, file_system, can_share)),
     )
 
 
@@ -91,11 +96,14 @@ def find_file_system(directory: Path, mounts: str) -> str:
     return found
 
 
-def _advise(stage_speed: float, write_speed: float, file_system: str, can_share: bool) -> list[str]:
+def _advise(stage_speed: float, write_speed: float, memory_bytes: int, file_system: str, can_share: bool) -> list[str]:
     stall_ms, durable_ms = 1e12 / stage_speed, 1e12 / write_speed
+    fitting_gb = memory_bytes / _SLOTS / 1e9
     advice = [
         f"A state of 1 GB would stall training for about {stall_ms:,.0f} ms, and be durable after about "
-        f"{durable_ms:,.0f} ms: save no more often than that, or saves wait for each other."
+        f"{durable_ms:,.0f} ms: save no more often than that, or saves wait for each other.",
+        f"The memory that is available holds {_SLOTS} snapshots of a state of up to {fitting_gb:,.1f} GB; of a larger "
+        "one it holds fewer, and a save may wait for the one before.",
     ]
     if file_system in _VOLATILE:
         advice.append(f"This directory is {file_system}: it is memory, and nothing in it outlives a power cut.")
