@@ -60,7 +60,7 @@ def _find_children() -> set[str]:
     names = set()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            names.add(f"process {child.pid} {child.name()} ({child.status()})")
+            names.add(f"process {child.pid} {child.name()}")
     return names
 
 

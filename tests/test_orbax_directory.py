@@ -36,7 +36,7 @@ from slots import (
 
 from offstep.errors import UnsupportedLeaf
 from offstep.formats import FORMATS, orbax_directory, orbax_step
-from offstep.formats.orbax_directory import data_files, document_files, prepare, write_tensorstore
+from offstep.formats.orbax_directory import PreparedDirectory, data_files, document_files, prepare
 from offstep.records import Leaf, LeafLayout, Plan
 
 
@@ -195,6 +195,24 @@ def test_importing_the_formats_loads_no_heavy_library() -> None:
 
 
 # --- the other sink ---------------------------------------------------------------------------------------------------
+
+
+def write_tensorstore(prepared: PreparedDirectory, slot: memoryview, directory: Path) -> None:
+    """Writes the database with the arrays through TensorStore, as Orbax does, in one transaction."""
+    config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
+    spec = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{directory / 'pytree'}/"},
+        "config": config,
+        "assume_config": True,
+        "target_data_file_size": 2**31,
+    }
+    store = ts.KvStore.open(spec, context=ts.Context({"file_io_sync": False})).result()
+    with ts.Transaction() as transaction:
+        writer = store.with_transaction(transaction)
+        for key, value in prepared.state.entries:
+            is_inline = isinstance(value, bytes)
+            writer[key] = value if is_inline else bytes(slot[value.offset : value.offset + value.size])
 
 
 def save_through_tensorstore(root: Path, step: int, arrays: Arrays) -> Path:

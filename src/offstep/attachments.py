@@ -19,7 +19,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +26,7 @@ import numpy as np
 
 from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
+from offstep.stores.path import Readable
 
 Value = Any  # None, bool, int, float, str, bytes, NumPy arrays and scalars; lists, tuples and dicts of such
 
@@ -88,7 +88,7 @@ def pack(value: Value) -> Attachment:
     return attachment
 
 
-def read(path: Path) -> Value:
+def read(path: Readable) -> Value:
     """Reads a packed tree back.
 
     Raises:
@@ -108,7 +108,7 @@ def read(path: Path) -> Value:
     return _decode(tree["value"], arrays)
 
 
-def read_extra(checkpoint: Path) -> dict[str, Value]:
+def read_extra(checkpoint: Readable) -> dict[str, Value]:
     """Reads what a user of `Checkpointer` wanted to keep with a checkpoint; empty where there is nothing.
 
     Raises:
@@ -121,7 +121,7 @@ def read_extra(checkpoint: Path) -> dict[str, Value]:
     return extra
 
 
-def _read_array(data: bytes, start: int, entry: list[Any], path: Path) -> np.ndarray:  # as `pack` wrote it
+def _read_array(data: bytes, start: int, entry: list[Any], path: Readable) -> np.ndarray:  # as `pack` wrote it
     name, shape, offset, checksum = entry
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     body = data[start + offset : start + offset + math.prod(shape) * dtype.itemsize]

@@ -13,6 +13,7 @@ from offstep.discovery import open_checkpoint
 from offstep.errors import StructureMismatch
 from offstep.rewriting import rewrite
 from offstep.stored import Reader, Region, StoredLeaf
+from offstep.stores.path import Readable
 
 _NO_WEIGHTS = ("optimizer", "metrics", "compile_metrics")
 
@@ -23,7 +24,7 @@ def is_weight(leaf: StoredLeaf) -> bool:
     return not is_seed and not str(leaf.path[0]).lstrip("_").startswith(_NO_WEIGHTS)
 
 
-def average(paths: Sequence[Path], target: Path) -> list[str]:
+def average(paths: Sequence[Readable], target: Path) -> list[str]:
     """Writes the mean of the floating weights, summed in float64; returns the names of the leaves that were averaged.
 
     All else (optimizer, metrics, random generators, integers, the model's configuration) is that of the last path.

@@ -15,7 +15,7 @@ import keras
 from offstep import keras_formats, keras_state, ownership, policy, recovery, retention
 from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
-from offstep.checkpointer import check_full_every
+from offstep.checkpointer import check_full_every, check_remote, refuse_spanning
 from offstep.destination import Destination
 from offstep.engine import Engine
 from offstep.errors import SaveFailed, SaveTimeout
@@ -57,7 +57,8 @@ class ModelCheckpoint(DecidingCheckpoint):
     `keras.saving.load_model`, `model.load_weights` and Orbax read.
 
     Args:
-        filepath: Template of the path, e.g. `"ckpts/{step}"`. Fields: `{epoch}` and `{batch}` (from 1), `{step}`
+        filepath: Template of the path, e.g. `"ckpts/{step}"`, or of an address in a store, e.g.
+            `"s3://bucket/run/{step}"` or `"gs://bucket/run/{step}"`. Fields: `{epoch}` and `{batch}` (from 1), `{step}`
             (`optimizer.iterations`) and the keys of `logs`. For a directory: with the last part `{step}` the directory
             above holds all steps; any other path holds one step, which the next save to it replaces. Load either with
             `keras.saving.load_model(directory that holds the steps)`.
@@ -178,7 +179,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._max_to_keep, self._keep_best, self._keep_every = max_to_keep, keep_best or 1, keep_every
         self.filepath = filepath
         if self._destination.is_file:
-            Stock(self.filepath, save_weights_only=save_weights_only)  # its checks, in its words
+            Stock(self._destination.plain, save_weights_only=save_weights_only)  # its checks, in its words
         check_full_every(full_every, is_skipping=skip_unchanged)
         options = Options(
             slots=slots,
@@ -196,8 +197,10 @@ class ModelCheckpoint(DecidingCheckpoint):
             memory_every=memory_every,
             memory_linger_seconds=policy.parse_seconds(memory_linger, "memory_linger"),
         )
-        if skip_unchanged and self._destination.is_file:
+        if skip_unchanged and (self._destination.is_file or self._destination.is_remote):
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")
+        if self._destination.is_remote:
+            check_remote(private=private, takeover=takeover)
         if resume_best and not self._destination.is_constant:
             raise ValueError(f"resume_best needs a directory whose name has no fields. Received: filepath={filepath}")
         self._resumes_best, self._takeover = resume_best, takeover
@@ -224,9 +227,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._memory_every, self._kept_at = memory_every, 0  # the count of batches at the last snapshot
         if memory_every is not None:
             self._check_can_save_any_batch("memory_every")
-            if not self._destination.is_constant:
+            if not self._destination.is_constant or self._destination.is_remote:
                 raise ValueError(
-                    "memory_every needs a directory whose name has no fields but a last one, such as 'ckpts/{step}'. "
+                    "memory_every needs a local directory whose name has no fields but a last one, such as 'ckpts/{step}'. "
                     f"Received: filepath={filepath}"
                 )
         if save_on_preemption:
@@ -601,7 +604,9 @@ class ModelCheckpoint(DecidingCheckpoint):
         return [arrays[number] for number in self._order]
 
     def _hold(self) -> ownership.Lock:
-        return recovery.hold(self._destination.lock_path(), takeover=self._takeover, policy=self._describe_policy())
+        lock_path = self._destination.lock_path()
+        assert lock_path is not None, "only what is not in a store is locked"
+        return recovery.hold(lock_path, takeover=self._takeover, policy=self._describe_policy())
 
     def _describe_policy(self) -> ownership.Policy | None:
         if not self._destination.is_constant:
@@ -619,7 +624,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         # The files of Keras have the optimizer too.
         weights_only = self.save_weights_only and not self._destination.is_file
         arrays, signature = keras_state.live_state(self._model, weights_only=weights_only, as_trained=self._as_trained)
-        return arrays, (signature, self._destination.format, self._destination.lock_path())
+        return arrays, (signature, self._destination.format, self._destination.lock_path() or self.filepath)
 
     def _open(self) -> None:
         arrays, self._signature = self._read_state()
@@ -632,6 +637,8 @@ class ModelCheckpoint(DecidingCheckpoint):
         )
         if any(map(spans_processes, arrays)):
             self._refuse_own_decisions()
+            if self._destination.is_remote:
+                refuse_spanning(arrays, self.filepath)
         for note in form.notes:
             self._tell_once(note)
         self._order, self._iteration_index = form.order, form.iteration_index
@@ -643,7 +650,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             documents=form.documents,
             rendering=form.rendering,
             owner=self,
-            hold=self._hold,
+            hold=None if self._destination.is_remote else self._hold,
         )
         self._steps.divisor = keras_state.batches_per_iteration(self._model)
         self._correct_steps()

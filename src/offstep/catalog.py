@@ -13,6 +13,11 @@ from pathlib import Path
 from offstep import manifest
 from offstep.commit import FILE_IN_PROGRESS_PREFIX, OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
 from offstep.manifest import Manifest
+from offstep.stores.path import Readable, StorePath, open_place
+from offstep.stores.staging import MARKER_NAME
+
+Root = os.PathLike[str] | str | StorePath
+"""A directory of steps, in a file system or in a store."""
 
 COMMIT_MARKERS = ("_CHECKPOINT_METADATA", "pytree/manifest.ocdbt")
 
@@ -28,35 +33,37 @@ _MANIFEST_MAGIC = b"\x0c\xdb\x3a\x2a"
 _MANIFEST_LENGTH = struct.Struct("<Q")
 
 
-def list_steps(root: os.PathLike[str] | str) -> list[int]:
+def list_steps(root: Root) -> list[int]:
     """Returns the steps that are committed in `root` and whole, in ascending order; none where there is no `root`."""
-    return [step for step in named_steps(root) if is_committed(Path(root, str(step)))]
+    root = open_place(root)
+    return [step for step in named_steps(root) if is_committed(root / str(step))]
 
 
-def latest_step(root: os.PathLike[str] | str) -> int | None:
+def latest_step(root: Root) -> int | None:
     """Returns the greatest step that is committed in `root` and whole; a newer one that is not is warned of."""
     newest = next(find_whole(root), None)
     return None if newest is None else int(newest.name)
 
 
-def find_whole(root: os.PathLike[str] | str) -> Iterator[Path]:
+def find_whole(root: Root) -> Iterator[Readable]:
     """Yields the checkpoints that are committed in `root` and whole, newest first, and warns of the others.
 
     A warning points at the caller of who calls this.
     """
+    root = open_place(root)
     for step in reversed(named_steps(root)):
-        checkpoint = Path(root, str(step))
+        checkpoint = root / str(step)
         fault = find_fault(checkpoint)
         if fault is None:
             yield checkpoint
-        elif checkpoint.is_dir():
+        elif checkpoint.is_dir() and not is_unfinished(checkpoint):
             text = f"{checkpoint} is no whole checkpoint and is passed over: {fault}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def named_steps(root: os.PathLike[str] | str) -> list[int]:
+def named_steps(root: Root) -> list[int]:
     """Returns the steps that have a name in `root`, whole or not, in ascending order."""
-    return sorted(int(name) for name in _list_names(Path(root)) if _STEP_NAME.fullmatch(name))
+    return sorted(int(name) for name in _list_names(open_place(root)) if _STEP_NAME.fullmatch(name))
 
 
 def leftovers(root: os.PathLike[str] | str) -> list[Path]:
@@ -89,9 +96,9 @@ class Census:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[_Identity, Manifest]] = {}
+        self._known: dict[Readable, tuple[_Identity, Manifest]] = {}
 
-    def look(self, root: Path) -> list[Manifest]:
+    def look(self, root: Readable) -> list[Manifest]:
         """Returns the manifests of the whole checkpoints in `root`, by step; of one without, the step alone."""
         found = [(step, root / str(step)) for step in named_steps(root)]
         looked = [self._look_at(step, path) for step, path in found]
@@ -99,7 +106,7 @@ class Census:
         self._known = {path: entry for path, entry in self._known.items() if path.parent != root or path in present}
         return [written for written in looked if written is not None]
 
-    def _look_at(self, step: int, path: Path) -> Manifest | None:
+    def _look_at(self, step: int, path: Readable) -> Manifest | None:
         identity = _identify(path)
         known = self._known.get(path)
         if known is not None and known[0] == identity:
@@ -112,10 +119,12 @@ class Census:
         return self._known[path][1]
 
 
-_Identity = tuple[int, int, int] | None
+_Identity = tuple[int, int, int] | tuple[str, ...] | None
 
 
-def _identify(path: Path) -> _Identity:
+def _identify(path: Readable) -> _Identity:
+    if isinstance(path, StorePath):  # no two attempts have data files of the same names
+        return tuple(sorted(file.name for file in path.glob("pytree/d/*"))) or None
     try:
         found = os.stat(path)
     except OSError:
@@ -123,16 +132,24 @@ def _identify(path: Path) -> _Identity:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def is_committed(checkpoint: Path) -> bool:
+def is_unfinished(checkpoint: Readable) -> bool:
+    """Returns whether it is an attempt in a store that nobody has committed; what is on a disk has its name by then."""
+    return isinstance(checkpoint, StorePath) and not (checkpoint / MARKER_NAME).is_file()
+
+
+def is_committed(checkpoint: Readable) -> bool:
     """Returns whether the directory is a committed checkpoint whose files have their sizes; contents are not read."""
     return find_fault(checkpoint) is None
 
 
-def find_fault(checkpoint: Path) -> str | None:
+def find_fault(checkpoint: Readable) -> str | None:
     """Says what keeps a directory from being a whole checkpoint: a marker, or a file that its manifest promises.
 
     Only `verify` looks at the contents. A checkpoint without a manifest, such as stock Orbax writes, needs the markers.
+    In a store objects are whole or not there: their sizes are not asked for.
     """
+    if is_unfinished(checkpoint):
+        return f"{MARKER_NAME} is missing: it was never committed"
     for marker in COMMIT_MARKERS:
         if not (checkpoint / marker).is_file():
             return f"{marker} is missing"
@@ -145,13 +162,15 @@ def find_fault(checkpoint: Path) -> str | None:
     return None if written is None else _find_missing(checkpoint, written)
 
 
-def _find_missing(checkpoint: Path, written: Manifest) -> str | None:
+def _find_missing(checkpoint: Readable, written: Manifest) -> str | None:
     """Says which file of a manifest is missing or has another size, if one does."""
     faults = (_compare_size(checkpoint, name, record.size) for name, record in written.files.items())
     return next(filter(None, faults), None)
 
 
-def _compare_size(checkpoint: Path, name: str, expected: int) -> str | None:
+def _compare_size(checkpoint: Readable, name: str, expected: int) -> str | None:
+    if isinstance(checkpoint, StorePath):
+        return None if (checkpoint / name).is_file() else f"{name} is missing"
     try:
         size = os.stat(checkpoint / name).st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -159,18 +178,20 @@ def _compare_size(checkpoint: Path, name: str, expected: int) -> str | None:
     return None if size == expected else f"{name} has {size} bytes, expected {expected}"
 
 
-def _list_names(root: Path) -> list[str]:
+def _list_names(root: Readable) -> list[str]:
+    if isinstance(root, StorePath):
+        return [path.name for path in root.iterdir()]
     try:
         return os.listdir(root)
     except FileNotFoundError:
         return []
 
 
-def _is_whole_manifest(path: Path) -> bool:
+def _is_whole_manifest(path: Readable) -> bool:
     try:
         with path.open("rb") as file:
             header = file.read(len(_MANIFEST_MAGIC) + _MANIFEST_LENGTH.size)
-            size_bytes = os.fstat(file.fileno()).st_size
+            size_bytes = file.seek(0, os.SEEK_END)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     magic, length = header[:4], header[4:]

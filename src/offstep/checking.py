@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from offstep.discovery import open_checkpoint
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.stores.path import Readable
 from offstep.verification import verify
 
 
@@ -22,14 +22,14 @@ class Verdict:
         unchecked: What carries no checksum.
     """
 
-    path: Path
+    path: Readable
     problems: tuple[str, ...]
     leaves: int = 0
     checked_bytes: int = 0
     unchecked: tuple[str, ...] = ()
 
 
-def check(path: Path) -> Verdict:
+def check(path: Readable) -> Verdict:
     """Opens one checkpoint, reads it as a whole, piece by piece, and compares every checksum.
 
     Raises:
@@ -50,7 +50,7 @@ def check(path: Path) -> Verdict:
     return Verdict(path, tuple(problems), leaves, report.checked_bytes, report.unchecked)
 
 
-def check_step(path: Path) -> Verdict:
+def check_step(path: Readable) -> Verdict:
     """Does as `check`, where the place says that a checkpoint has to be here: that it is none is a problem of it."""
     try:
         return check(path)

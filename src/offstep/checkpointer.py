@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from offstep import attachments, catalog, commit, ownership, policy, recovery, retention
+from offstep import attachments, catalog, commit, ownership, recovery, retention
 from offstep.attachments import Attachment, Value
 from offstep.engine import Engine
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedLeaf
+from offstep.holders import spans_processes
 from offstep.leaf_paths import list_paths, path_keys
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
@@ -24,6 +25,8 @@ from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
 from offstep.snapshot import describe_leaf
 from offstep.stored_tree import read_tree
+from offstep.stores.address import Address, Place, to_place
+from offstep.stores.path import Readable, open_place
 
 Tree = Any  # any pytree of arrays and numbers
 T = TypeVar("T")
@@ -40,7 +43,7 @@ class Checkpointer:
     a forked child a checkpointer starts anew, with a writer of the child's own.
 
     Args:
-        directory: Where the steps go; made if missing.
+        directory: Where the steps go; made if missing. Or an address in a store: `"s3://bucket/run"`.
         max_to_keep: How many of the newest steps stay, and beside them the best by `monitor`; `None` keeps all. One
             with NaN or infinite values never retires one without.
         keep_best: How many of the best stay; 1 where there is a `monitor`.
@@ -105,7 +108,11 @@ class Checkpointer:
         commit_seconds: float = 300.0,
     ) -> None:
         self._takeover = takeover
-        policy.refuse_remote(os.fspath(directory), "directory")
+        place = to_place(os.fspath(directory))
+        if isinstance(place, Address):
+            if skip_unchanged:
+                raise ValueError(f"skip_unchanged wants a directory, which shares files. Received: {directory=!s}")
+            check_remote(private=private, takeover=takeover)
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'. Received: {mode!r}")
@@ -129,10 +136,11 @@ class Checkpointer:
             commit_seconds=commit_seconds,
         )
         self._engine = Engine(options)
-        self.directory = Path(directory).absolute()
+        self.directory: Place = place.absolute() if isinstance(place, Path) else place
         self._max_to_keep = max_to_keep
         self._treedef: Any = None  # jax.tree_util.PyTreeDef
-        commit.probe_directory(self.directory)
+        if isinstance(self.directory, Path):
+            commit.probe_directory(self.directory)
 
     def save(
         self,
@@ -190,11 +198,11 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """Returns the newest durable step, or `None`."""
-        return catalog.latest_step(self.directory)
+        return catalog.latest_step(open_place(self.directory))
 
     def all_steps(self) -> list[int]:
         """Returns all durable steps, in ascending order."""
-        return catalog.list_steps(self.directory)
+        return catalog.list_steps(open_place(self.directory))
 
     def restore(self, step: int | None = None, like: Tree | None = None) -> Tree:
         """Reads a checkpoint back, checking every checksum.
@@ -226,16 +234,16 @@ class Checkpointer:
         """
         return self._read(step, attachments.read_extra)
 
-    def _read(self, step: int | None, read: Callable[[Path], T]) -> T:
+    def _read(self, step: int | None, read: Callable[[Readable], T]) -> T:
         if step is None:
             return self._read_newest(read)
         if step not in (steps := self.all_steps()):
             raise CheckpointNotFound(f"{self.directory} holds no step {step}; it has {steps or 'none'}")
-        return read(self.directory / str(step))
+        return read(open_place(self.directory / str(step)))
 
-    def _read_newest(self, read: Callable[[Path], T]) -> T:
+    def _read_newest(self, read: Callable[[Readable], T]) -> T:
         damage: CheckpointDamaged | None = None
-        for checkpoint in catalog.find_whole(self.directory):
+        for checkpoint in catalog.find_whole(open_place(self.directory)):
             if damage is not None:
                 warnings.warn(f"a newer step is passed over: {damage}", RuntimeWarning, stacklevel=4)
             try:
@@ -272,6 +280,7 @@ class Checkpointer:
     def _hold(self) -> ownership.Lock:
         keep = self._max_to_keep
         policy = ownership.Policy(max_to_keep=keep, ranking=None if keep is None else self._ranking)
+        assert isinstance(self.directory, Path), "only what is not in a store is locked"
         return recovery.hold(ownership.lock_path(self.directory), takeover=self._takeover, policy=policy)
 
     def _open(self, tree: Tree, arrays: Sequence[Any]) -> None:
@@ -283,7 +292,15 @@ class Checkpointer:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
-        self._engine.open(leaves, arrays, empty_nodes=empty_nodes, owner=self, hold=self._hold)
+        if isinstance(self.directory, Address):
+            refuse_spanning(arrays, str(self.directory))
+        self._engine.open(
+            leaves,
+            arrays,
+            empty_nodes=empty_nodes,
+            owner=self,
+            hold=self._hold if isinstance(self.directory, Path) else None,
+        )
         self._engine.make_ready()
 
 
@@ -291,6 +308,23 @@ def check_full_every(full_every: int | None, *, is_skipping: bool) -> None:
     """Raises a `ValueError` when everything is written every time anyway."""
     if full_every is not None and not is_skipping:
         raise ValueError(f"full_every is for skip_unchanged only. Received: {full_every!r}")
+
+
+def check_remote(*, private: bool, takeover: bool) -> None:
+    """Raises a `ValueError` for what a store does not know."""
+    if private:
+        raise ValueError("who may read what is in a store, its bucket says. Received: private=True")
+    if takeover:
+        raise ValueError("in a store there are no locks to take over. Received: takeover=True")
+
+
+def refuse_spanning(arrays: Sequence[Any], address: str) -> None:
+    """Raises a `ValueError` for a state of several processes, which goes to file systems only."""
+    if any(map(spans_processes, arrays)):
+        raise ValueError(
+            "a state that spans several processes is saved to a shared file system, or to one of each host; copy what "
+            f"is durable from there to the store. Received: {address}"
+        )
 
 
 def _pack_extra(extra: Mapping[str, Value] | None) -> dict[str, Attachment]:

@@ -25,6 +25,7 @@ from offstep.errors import (
     UnsupportedLeaf,
 )
 from offstep.run_report import DEFAULT_NAME, report
+from offstep.stores.path import Readable, open_place
 from offstep.tables import make_console
 
 USAGE, NOTHING, UNSUITABLE, DAMAGED, REFUSED, INTERRUPTED = 2, 3, 4, 5, 6, 130
@@ -97,19 +98,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_place(text: str) -> Readable:
+    """Reads a path, or the address of a store."""
+    try:
+        return open_place(text)
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _add_looking(add: Add) -> None:
     command = add("inspect", commands.inspect, "Shows the leaves of a checkpoint and what is kept with it.")
-    command.add_argument("path", type=Path, help="a checkpoint, or a directory whose newest one is taken")
+    command.add_argument("path", type=read_place, help="a checkpoint, or a directory whose newest one is taken")
     command.add_argument("prefix", nargs="*", help="only leaves below these names")
     command.add_argument("--stats", action="store_true", help="read the values: min, max, mean, non-finite")
     command = add("latest", commands.latest, "Prints the path of the newest valid checkpoint.")
-    command.add_argument("path", type=Path, metavar="DIR", help="a checkpoint is its own newest one")
+    command.add_argument("path", type=read_place, metavar="DIR", help="a checkpoint is its own newest one")
     command.add_argument("--verify", action="store_true", help="read all of it and check every checksum too")
     command = add("verify", commands.verify, "Checks every checksum of a checkpoint, or of all in a directory.")
-    command.add_argument("path", type=Path)
+    command.add_argument("path", type=read_place)
     command = add("diff", commands.diff, "Compares the structure and the values of two checkpoints.")
-    command.add_argument("a", type=Path)
-    command.add_argument("b", type=Path)
+    command.add_argument("a", type=read_place)
+    command.add_argument("b", type=read_place)
     command.add_argument("--atol", type=float, default=0.0, help="absolute difference that is allowed")
     command.add_argument("--rtol", type=float, default=0.0, help="difference that is allowed relative to the value")
 
@@ -120,7 +129,7 @@ def _add_retention(add: Add) -> None:
         ("prune", commands.prune, "Removes checkpoints, oldest first; the best and the newest stay."),
     ):
         command = add(name, run, text)
-        command.add_argument("path", type=Path, metavar="DIR")
+        command.add_argument("path", type=read_place, metavar="DIR")
         command.add_argument("--keep", type=int, required=name == "prune", help="how many of the newest stay")
         command.add_argument("--keep-best", type=int, default=1, metavar="K", help="how many of the best stay as well")
         command.add_argument("--keep-every", type=int, metavar="N", help="multiples of this step stay as well")
@@ -134,7 +143,7 @@ def _add_making(add: Add) -> None:
     command = add(
         "export", commands.export, "Writes a checkpoint as .safetensors, .npz, .keras or .weights.h5, as OUT ends."
     )
-    command.add_argument("path", type=Path, help="a checkpoint, or a directory whose newest one is taken")
+    command.add_argument("path", type=read_place, help="a checkpoint, or a directory whose newest one is taken")
     command.add_argument("out", type=Path, metavar="OUT")
     command.add_argument("--weights-only", action="store_true", help="leave out optimizer, metrics and seeds")
     command.add_argument(
@@ -142,7 +151,9 @@ def _add_making(add: Add) -> None:
     )
     command.add_argument("--force", action="store_true", help="replace OUT")
     command = add("average", commands.average, "Averages the weights of checkpoints; all else is that of the last one.")
-    command.add_argument("path", type=Path, nargs="+", help="checkpoints, or directories whose newest ones are taken")
+    command.add_argument(
+        "path", type=read_place, nargs="+", help="checkpoints, or directories whose newest ones are taken"
+    )
     command.add_argument("out", type=Path, metavar="OUT")
     command.add_argument("--newest", type=int, metavar="K", help="the K newest of these")
     command.add_argument("--best", type=int, metavar="K", help="the K best of these")

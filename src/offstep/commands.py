@@ -18,6 +18,7 @@ from offstep import export as exports
 from offstep.discovery import open_newest
 from offstep.listing import Entry, list_entries
 from offstep.stored import Reader
+from offstep.stores.path import Readable, StorePath
 from offstep.tables import make_table, spell_age, spell_bytes, spell_number
 
 DONE, DIFFERENT, NOTHING, DAMAGED = 0, 1, 3, 5
@@ -241,7 +242,7 @@ def average(args: Namespace) -> Answer:
     return Answer(document, [*shown, f"{args.out}: {len(names)} leaves are the mean of these {len(paths)}"])
 
 
-def _choose_paths(args: Namespace) -> list[Path]:
+def _choose_paths(args: Namespace) -> list[Readable]:
     count = args.newest or args.best
     if args.newest is None and args.best is None:
         return [_find_one(path) for path in args.path]
@@ -254,7 +255,7 @@ def _choose_paths(args: Namespace) -> list[Path]:
     return [entry.path for entry in entries[-count:]]
 
 
-def _find_one(path: Path, *, verify: bool = False) -> Path:
+def _find_one(path: Readable, *, verify: bool = False) -> Readable:
     reader = open_newest(path, verify=verify)
     reader.close()
     return reader.path
@@ -293,7 +294,7 @@ def _describe(entry: Entry) -> dict[str, Any]:  # JSON
     return asdict(entry) | {"path": str(entry.path), "metrics": dict(entry.metrics), "is_whole": entry.is_whole}
 
 
-def _row(entry: Entry, monitor: str | None, best: Entry | None, directory: Path) -> list[str]:
+def _row(entry: Entry, monitor: str | None, best: Entry | None, directory: Readable) -> list[str]:
     return [
         "-" if entry.step is None else str(entry.step),
         spell_age(time.time() - entry.saved_at),
@@ -301,8 +302,16 @@ def _row(entry: Entry, monitor: str | None, best: Entry | None, directory: Path)
         spell_number(entry.metrics.get(monitor or "")),
         "best" if entry is best else "",
         "yes" if entry.is_whole else f"no: {entry.problem}",
-        str(entry.path if entry.path == directory else entry.path.relative_to(directory)),
+        _show_path(entry.path, directory),
     ]
+
+
+def _show_path(path: Readable, directory: Readable) -> str:
+    if path == directory:
+        return str(path)
+    if isinstance(path, StorePath) and isinstance(directory, StorePath):
+        return str(path.relative_to(directory))
+    return str(Path(str(path)).relative_to(str(directory)))
 
 
 def _difference_row(found: comparison.Difference) -> list[str]:

@@ -6,8 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from offstep import catalog
@@ -15,15 +14,19 @@ from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFor
 from offstep.formats.keras_reader import SUFFIXES, KerasReader
 from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.stored import Reader
+from offstep.stores.path import Readable, StorePath, fetch, open_place
+from offstep.stores.staging import MARKER_NAME
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 Verify = bool | Literal["fast"]
 """Whether to check all checksums, none, or those that cost much less than reading everything."""
 
+Age = tuple[int, ...]
+
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
 
 
-def open_checkpoint(path: Path) -> Reader:
+def open_checkpoint(path: Readable) -> Reader:
     """Opens one checkpoint.
 
     Raises:
@@ -34,16 +37,18 @@ def open_checkpoint(path: Path) -> Reader:
     if not path.exists():
         raise CheckpointNotFound(f"{path} does not exist")
     if path.is_dir():
+        if catalog.is_unfinished(path):
+            raise CheckpointDamaged(f"{path} was never committed: {MARKER_NAME} is missing; restore another checkpoint")
         return OrbaxReader(path)
     if path.name.endswith(SUFFIXES):
-        return KerasReader(path)
+        return KerasReader(path, fetch(path)) if isinstance(path, StorePath) else KerasReader(path)
     raise UnsupportedFormat(
         f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
         f"{', '.join(SUFFIXES)}"
     )
 
 
-def open_newest(path: Path, *, verify: Verify) -> Reader:
+def open_newest(path: Readable, *, verify: Verify) -> Reader:
     """Opens the checkpoint at `path`, or the newest valid one of the directory `path`.
 
     A newer one that is damaged is passed over with a warning.
@@ -60,7 +65,7 @@ def open_newest(path: Path, *, verify: Verify) -> Reader:
     return reader
 
 
-def latest(directory: str | os.PathLike[str], *, verify: bool = False) -> Path | None:
+def latest(directory: catalog.Root, *, verify: bool = False) -> Readable | None:
     """Returns the newest valid checkpoint of a directory, whatever its format; `None` where there is none.
 
     Steps count by their number, all others by the time at which they were committed. One that is damaged is passed
@@ -70,19 +75,19 @@ def latest(directory: str | os.PathLike[str], *, verify: bool = False) -> Path |
         directory: Of steps, of files that Keras reads, or of such directories; it need not exist.
         verify: Read all of it and check every checksum too.
     """
-    for reader in _open_valid(Path(directory), verify):
+    for reader in _open_valid(open_place(directory), verify):
         reader.close()
         return reader.path
     return None
 
 
 def best(
-    directory: str | os.PathLike[str],
+    directory: catalog.Root,
     monitor: str = "val_loss",
     mode: Literal["auto", "min", "max"] = "auto",
     *,
     verify: bool = False,
-) -> Path | None:
+) -> Readable | None:
     """Returns the valid checkpoint with the best value of a metric; `None` where there is no checkpoint.
 
     A value that is not finite is never best; of equal values the newest checkpoint's is.
@@ -97,11 +102,11 @@ def best(
         ValueError: there are checkpoints, but none with that metric; or the mode is unknown.
     """
     sign = 1.0 if find_direction(monitor, mode) == "max" else -1.0
-    found: Path | None = None
+    found: Readable | None = None
     value = -math.inf
     seen: set[str] = set()
     count = 0
-    for reader in _open_valid(Path(directory), verify):
+    for reader in _open_valid(open_place(directory), verify):
         reader.close()
         count += 1
         metrics = read_metrics(reader.contents.manifest)
@@ -136,36 +141,43 @@ def read_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:  # JSON
     return {str(name): float(value) for name, value in metrics.items() if isinstance(value, (int, float, str))}
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Readable) -> bool:
     """Returns whether `path` is one checkpoint rather than a directory of them."""
     return path.is_file() if not path.is_dir() else find_item(path) is not None
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
+def list_checkpoints(directory: Readable) -> list[Readable]:
     """Returns what looks like committed checkpoints in a directory, newest first."""
     # Damaged ones too: whoever opens them says so.
     steps = [directory / str(step) for step in reversed(catalog.named_steps(directory))]
-    steps = [step for step in steps if step.is_dir()]
+    steps = [step for step in steps if step.is_dir() and not catalog.is_unfinished(step)]
     if steps:
         return steps
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[Age, Readable]] = []
     for entry in _list_entries(directory):
         is_file = entry.is_file() and entry.name.endswith(SUFFIXES)
         if is_file or (entry.is_dir() and is_checkpoint(entry)):
-            found.append((entry.stat().st_mtime_ns, entry))
+            found.append((_read_age(entry), entry))
         elif entry.is_dir():
             inner = (entry / str(step) for step in catalog.list_steps(entry))
-            found += [(step.stat().st_mtime_ns, step) for step in inner]
-    return [path for _, path in sorted(found, reverse=True)]
+            found += [(_read_age(step), step) for step in inner]
+    return [path for _, path in sorted(found, key=lambda pair: (pair[0], str(pair[1])), reverse=True)]
 
 
-def _list_entries(directory: Path) -> list[Path]:
+def _read_age(path: Readable) -> Age:
+    """Returns what orders checkpoints by their age: of a store, which tells no times, the numbers in the name."""
+    if isinstance(path, StorePath):
+        return tuple(map(int, re.findall(r"\d{1,18}", str(path.address.key))))
+    return (path.stat().st_mtime_ns,)
+
+
+def _list_entries(directory: Readable) -> Sequence[Readable]:
     if not directory.is_dir():
         return []
     return [entry for entry in directory.iterdir() if not entry.name.startswith(".") and "-tmp" not in entry.name]
 
 
-def _open_valid(directory: Path, verify: Verify) -> Iterator[Reader]:
+def _open_valid(directory: Readable, verify: Verify) -> Iterator[Reader]:
     for path in list_checkpoints(directory):
         try:
             reader = _open_checked(path, verify)
@@ -175,7 +187,7 @@ def _open_valid(directory: Path, verify: Verify) -> Iterator[Reader]:
             yield reader
 
 
-def _open_checked(path: Path, verify: Verify) -> Reader:
+def _open_checked(path: Readable, verify: Verify) -> Reader:
     reader = open_checkpoint(path)
     try:
         if verify is True or (verify == "fast" and reader.is_checked_fast):
@@ -186,7 +198,7 @@ def _open_checked(path: Path, verify: Verify) -> Reader:
     return reader
 
 
-def _describe_nothing(path: Path) -> str:
+def _describe_nothing(path: Readable) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return f"{path} is empty: no checkpoint was committed there"

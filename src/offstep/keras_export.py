@@ -52,7 +52,7 @@ def _load(reader: Reader) -> Model:
         raise UnsupportedFormat(f"{reader.path} has no configuration of a Keras model, so none can be built from it")
     try:
         if config is None:
-            return keras.saving.load_model(reader.path)
+            return keras.saving.load_model(reader.file)
         model = keras.saving.deserialize_keras_object(json.loads(config))  # in safe mode: it may be anybody's
     except (TypeError, ValueError) as error:
         raise StructureMismatch(

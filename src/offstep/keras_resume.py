@@ -26,6 +26,8 @@ from offstep.keras_data import DataPosition, Skip
 from offstep.keras_fit import NO_EPOCH_LEFT, AfterAll, RunningFit, find_fit, set_initial_epoch
 from offstep.keras_rebuild import GROUPS, list_variables
 from offstep.restoration import restore, restore_from
+from offstep.stores.address import is_address, split_query
+from offstep.stores.path import Readable, open_place
 
 Model = Any  # Keras carries no types
 Event = Literal["train_batch_begin", "train_batch_end", "test_begin", "epoch_end"]
@@ -58,7 +60,7 @@ class Moment:
 class _Found:
     """A checkpoint that was read."""
 
-    path: Path
+    path: Readable
     values: list[jax.Array]  # of the model's variables; deleted if other callbacks train or evaluate before us
     extra: dict[str, Value]
     large: dict[str, Value]
@@ -128,8 +130,10 @@ class Resumption:
             self._tell("Only the model was restored: this is not Keras's fit, or one that offstep does not know.")
             self._found = None
 
-    def _read_inherited(self, filepath: str, checkpoints: Sequence[Path]) -> _Found | None:
+    def _read_inherited(self, filepath: str, checkpoints: Sequence[Readable]) -> _Found | None:
         """Reads the snapshot that the writer of a dead run still has in memory, if it is the newest."""
+        if is_address(filepath):
+            return None
         root, _ = policy.split_target(policy.Template(filepath))
         if root.fields:
             return None
@@ -150,7 +154,7 @@ class Resumption:
             keras_state.print_message(text)
         return found
 
-    def _read_newest(self, checkpoints: Sequence[Path]) -> _Found | None:
+    def _read_newest(self, checkpoints: Sequence[Readable]) -> _Found | None:
         for path in checkpoints:
             try:
                 return _read(path, self._model)
@@ -335,17 +339,20 @@ class Resumption:
         }
 
 
-def find_checkpoints(filepath: str) -> list[Path]:
+def find_checkpoints(filepath: str) -> Sequence[Readable]:
     """Returns the committed checkpoints that saves to a template have made, the newest first."""
-    template = policy.Template(filepath)
-    root, _ = policy.split_target(template)
+    plain, options = split_query(filepath)
+    root, _ = policy.split_target(policy.Template(plain, filepath=filepath))
+    if is_address(filepath):
+        place = open_place(f"{root.text}{options}")
+        return [place / str(step) for step in reversed(catalog.list_steps(place))]
     pattern = Path(root.pattern).absolute()
     roots = [Path(path) for path in glob.glob(str(pattern))]
     found = [path / str(step) for path in roots for step in catalog.list_steps(path)]
     return sorted(found, key=lambda path: (int(path.name), path.stat().st_mtime_ns), reverse=True)
 
 
-def _read(path: Path, model: Model) -> _Found:
+def _read(path: Readable, model: Model) -> _Found:
     extra, large = _unpack(lambda name: attachments.read(path / name))
     restore(model, path)
     return _Found(path, keras_state.live_arrays(model), extra, large)

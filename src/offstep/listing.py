@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from offstep import catalog
-from offstep.discovery import read_metrics
+from offstep.discovery import list_checkpoints, read_metrics
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.formats import file_manifest
 from offstep.formats.keras_reader import SUFFIXES
-from offstep.formats.orbax_reader import find_item, read_manifest
+from offstep.formats.orbax_reader import find_item, parse_manifest, read_manifest
+from offstep.stores.path import Readable, StorePath
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 _METADATA_NAME = "_CHECKPOINT_METADATA"
@@ -38,7 +40,7 @@ class Entry:
         problem: Why it is not whole, as far as names and sizes tell; else empty.
     """
 
-    path: Path
+    path: Readable
     step: int | None
     format: str
     saved_at: float
@@ -53,7 +55,7 @@ class Entry:
         return not self.problem
 
 
-def list_entries(path: Path) -> list[Entry]:
+def list_entries(path: Readable) -> list[Entry]:
     """Returns the checkpoints in a directory, broken ones too, oldest first; or the one that `path` is.
 
     Steps count by their number, others by the time at which they were committed. No array is read.
@@ -71,7 +73,7 @@ def list_entries(path: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: (-1 if entry.step is None else entry.step, entry.saved_at))
 
 
-def describe(path: Path) -> Entry:
+def describe(path: Readable) -> Entry:
     """Describes one checkpoint.
 
     Raises:
@@ -90,7 +92,10 @@ def _list_sizes(directory: Path) -> Iterator[int]:
                 yield entry.stat(follow_symlinks=False).st_size
 
 
-def _find_candidates(directory: Path, *, is_outermost: bool) -> Iterator[Path]:
+def _find_candidates(directory: Readable, *, is_outermost: bool) -> Iterator[Readable]:
+    if isinstance(directory, StorePath):
+        yield from list_checkpoints(directory)
+        return
     with os.scandir(directory) as entries:
         found = [entry for entry in entries if not entry.name.startswith(".") and "-tmp" not in entry.name]
     for entry in found:
@@ -104,7 +109,7 @@ def _find_candidates(directory: Path, *, is_outermost: bool) -> Iterator[Path]:
             yield from _find_candidates(path, is_outermost=False)
 
 
-def _describe_directory(path: Path) -> Entry:
+def _describe_directory(path: Readable) -> Entry:
     manifest, problem = _read_manifest(path)
     metadata = _read_metadata(path)
     committed = metadata.get("commit_timestamp_nsecs")
@@ -113,8 +118,8 @@ def _describe_directory(path: Path) -> Entry:
         path=path,
         step=step,
         format="orbax_directory",
-        saved_at=committed / 1e9 if isinstance(committed, int) else path.stat().st_mtime,
-        size_bytes=sum(_list_sizes(path)),
+        saved_at=committed / 1e9 if isinstance(committed, int) else _read_time(path),
+        size_bytes=sum(_list_sizes(path)) if isinstance(path, Path) else _add_up(manifest),
         metrics=read_metrics(manifest) or read_metrics(metadata),
         nonfinite=manifest.get("nonfinite"),
         epoch=manifest.get("epoch"),
@@ -122,14 +127,22 @@ def _describe_directory(path: Path) -> Entry:
     )
 
 
-def _read_manifest(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
+def _read_time(path: Readable) -> float:
+    return path.stat().st_mtime if isinstance(path, Path) else 0.0  # a store does not tell
+
+
+def _add_up(manifest: Mapping[str, Any]) -> int:  # JSON
+    return sum(record.size for record in manifest.get("files", {}).values())
+
+
+def _read_manifest(path: Readable) -> tuple[Mapping[str, Any], str]:  # JSON
     try:
         return read_manifest(path), ""
     except (CheckpointDamaged, UnsupportedFormat) as error:
         return {}, str(error)
 
 
-def _read_metadata(path: Path) -> Mapping[str, Any]:  # JSON
+def _read_metadata(path: Readable) -> Mapping[str, Any]:  # JSON
     try:
         data = json.loads((path / _METADATA_NAME).read_bytes())
     except (FileNotFoundError, ValueError):  # Orbax can do without it
@@ -137,7 +150,7 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:  # JSON
     return data if isinstance(data, dict) else {}
 
 
-def _find_problem(path: Path) -> str:
+def _find_problem(path: Readable) -> str:
     item = find_item(path)
     if item is None:
         return "it holds no arrays: it was never committed, or files are missing"
@@ -146,13 +159,15 @@ def _find_problem(path: Path) -> str:
     return catalog.find_fault(path) or ""
 
 
-def _describe_file(path: Path) -> Entry:
+def _describe_file(path: Readable) -> Entry:
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
     if suffix is None:
         raise UnsupportedFormat(
             f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
             f"{', '.join(SUFFIXES)}"
         )
+    if isinstance(path, StorePath):
+        return _describe_object(path, suffix)
     manifest, problem = _open_archive(path) if suffix == ".keras" else _open_weights(path)
     status = path.stat()
     return Entry(
@@ -165,6 +180,22 @@ def _describe_file(path: Path) -> Entry:
         nonfinite=manifest.get("nonfinite"),
         epoch=manifest.get("epoch"),
         problem=problem,
+    )
+
+
+def _describe_object(path: StorePath, suffix: str) -> Entry:
+    """Describes a file in a store by its end, where its manifest is; nobody else tells its time or its size."""
+    text = file_manifest.read_text(path)
+    manifest = parse_manifest(text, path) if text else {}
+    return Entry(
+        path=path,
+        step=manifest.get("step"),
+        format=_FORMATS[suffix],
+        saved_at=0.0,
+        size_bytes=_add_up(manifest),
+        metrics=read_metrics(manifest),
+        nonfinite=manifest.get("nonfinite"),
+        epoch=manifest.get("epoch"),
     )
 
 

@@ -12,12 +12,12 @@ import mmap
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import offstep
 from offstep._native import crc32c
 from offstep.parts import Parts
+from offstep.stores.path import Readable
 
 MANIFEST_NAME = "offstep.json"
 FORMAT_VERSION = 1
@@ -120,7 +120,7 @@ def parse(text: bytes) -> Manifest:
         raise ValueError(f"the manifest has not the form of one: {type(error).__name__}: {error}") from error
 
 
-def read(checkpoint: Path) -> Manifest | None:
+def read(checkpoint: Readable) -> Manifest | None:
     """Reads the manifest of a directory; `None` where there is none, as in what stock Orbax wrote.
 
     Raises:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.records import PathKey
 from offstep.stored import Region
+from offstep.stores.path import Readable
 
 _SEQUENCE_KEY = 1
 _ARRAY_TYPES = frozenset(("jax.Array", "np.ndarray", "scalar", "string"))
@@ -18,26 +18,26 @@ _ARRAY_TYPES = frozenset(("jax.Array", "np.ndarray", "scalar", "string"))
 EmptyNodes = list[tuple[tuple[PathKey, ...], str]]
 
 
-def read_config(checkpoint: Path) -> str | None:
+def read_config(checkpoint: Readable) -> str | None:
     """Returns the JSON of the Keras model in the checkpoint; `None` where there is none."""
     config = _read(checkpoint / "model_config" / "_strings.json").get("config")
     return config if isinstance(config, str) else None
 
 
-def read_documents(checkpoint: Path) -> dict[str, Any] | None:  # JSON
+def read_documents(checkpoint: Readable) -> dict[str, Any] | None:  # JSON
     """Returns what the format's `prepare` takes: configuration and assets of a Keras model, if there is one."""
     config = read_config(checkpoint)
     return None if config is None else {"config": config, "assets": _read_assets(checkpoint / "assets")}
 
 
-def read_shardings(checkpoint: Path) -> dict[str, str]:
+def read_shardings(checkpoint: Readable) -> dict[str, str]:
     """Returns Orbax's text for the sharding of each leaf, by its path joined by dots."""
     item = find_item(checkpoint)
     texts = {} if item is None else _read(item / "_sharding")
     return {urlsafe_b64decode(name).decode(): str(text) for name, text in texts.items()}
 
 
-def read_empty_nodes(checkpoint: Path) -> EmptyNodes:
+def read_empty_nodes(checkpoint: Readable) -> EmptyNodes:
     """Returns the containers without any array, each with the name that Orbax gives its type."""
     item = find_item(checkpoint)
     entries = {} if item is None else _read(item / "_METADATA").get("tree_metadata", {})
@@ -49,7 +49,7 @@ def read_empty_nodes(checkpoint: Path) -> EmptyNodes:
     return found
 
 
-def _read_assets(item: Path) -> dict[str, str]:
+def _read_assets(item: Readable) -> dict[str, str]:
     if find_item(item) is None:
         return {}
     reader = OrbaxReader(item)
@@ -63,5 +63,5 @@ def _path_key(key: Mapping[str, Any]) -> PathKey:  # JSON
     return int(key["key"]) if key["key_type"] == _SEQUENCE_KEY else str(key["key"])
 
 
-def _read(path: Path) -> dict[str, Any]:  # JSON
+def _read(path: Readable) -> dict[str, Any]:  # JSON
     return dict(json.loads(path.read_bytes())) if path.is_file() else {}

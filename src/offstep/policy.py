@@ -12,6 +12,8 @@ from numbers import Real
 from string import Formatter
 from typing import Literal
 
+from offstep.stores.address import is_address
+
 TargetKind = Literal["steps", "single"]
 FrequencyUnit = Literal["epochs", "batches", "seconds"]
 
@@ -29,7 +31,6 @@ _FREQUENCY = re.compile(
     r"((?P<epochs>epochs?)|(?P<batches>batch(es)?)|(?P<s>s|sec|seconds?)|(?P<min>min|minutes?)|(?P<h>h|hours?))",
     re.ASCII,
 )
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 # https://docs.python.org/3/library/string.html#format-specification-mini-language, numbers only. Widths have at most
@@ -306,11 +307,8 @@ def format_of(filepath: str, *, weights_only: bool = True) -> str:
 
 def refuse_remote(path: str, name: str) -> None:
     """Raises a `ValueError` if `path`, the argument `name`, is the address of a store rather than of a file."""
-    if _SCHEME.match(path):
-        raise ValueError(
-            "this version saves to local and mounted file systems; save there and copy what is durable (`on_durable`), "
-            f"or mount the store. Received: {name}={path}"
-        )
+    if is_address(path):
+        raise ValueError(f"it must be in a local or mounted file system. Received: {name}={path}")
 
 
 def _parse(text: str, filepath: str) -> tuple[_Piece, ...]:

@@ -13,6 +13,7 @@ from offstep.discovery import find_direction
 from offstep.errors import TargetInUse
 from offstep.listing import Entry
 from offstep.retention import Kept, select_expired
+from offstep.stores.path import Readable, StorePath
 
 Mode = Literal["auto", "min", "max"]
 
@@ -96,9 +97,11 @@ def select_prunable(entries: Sequence[Entry], wishes: Wishes) -> list[Entry]:
     return [numbers[number] for number in expired]
 
 
-def refuse_live(directory: Path, entries: Sequence[Entry]) -> None:
+def refuse_live(directory: Readable, entries: Sequence[Entry]) -> None:
     """Raises `TargetInUse` if a live run saves to a directory, or to one of those below it that have the entries."""
-    for folder in sorted({directory, *(entry.path.parent for entry in entries)}):
+    if isinstance(directory, StorePath):  # there are no locks
+        return
+    for folder in sorted({directory, *(Path(str(entry.path)).parent for entry in entries)}):
         try:
             ownership.refuse_in_use(folder)
         except TargetInUse as error:
@@ -108,7 +111,9 @@ def refuse_live(directory: Path, entries: Sequence[Entry]) -> None:
 
 def remove(entry: Entry) -> None:
     """Takes one checkpoint away, durably."""
-    if entry.path.is_dir():
+    if isinstance(entry.path, StorePath):
+        entry.path.remove()
+    elif entry.path.is_dir():
         commit.remove_directory(entry.path)
     else:
         commit.remove_file(entry.path)

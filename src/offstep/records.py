@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
+
+from offstep.stores.address import Place
 
 PathKey = str | int
 """One step of a leaf's path: a `str` is a dict key, an `int` a sequence index."""
@@ -148,7 +149,7 @@ class Target:
     """Where one checkpoint goes.
 
     Attributes:
-        base: Existing directory below which everything happens.
+        base: Existing directory, or an address in a store, below which everything happens.
         root: Directory of steps; the checkpoint is `root/<step>`. For a single file, the directory that it is in.
         shown: The path that the user is told.
         keep: How many of the newest steps stay; `None` keeps all.
@@ -157,12 +158,12 @@ class Target:
         siblings: Other files that `keep` counts, oldest first.
     """
 
-    base: Path
-    root: Path
+    base: Place
+    root: Place
     shown: str
     keep: int | None = None
     replace_all: bool = False
-    file: Path | None = None
+    file: Place | None = None
     siblings: tuple[str, ...] = ()
 
 
@@ -174,8 +175,8 @@ class Job:
         number: Sequence number within the run, from 1.
         step: Training step; names the checkpoint inside its root.
         format: Key into `formats.FORMATS`.
-        target: Final absolute path.
-        base: Existing directory below which everything happens; that it vanished is an error.
+        target: Final absolute path, or address in a store.
+        base: Existing directory below which everything happens; that it vanished is an error. Or an address.
         root: Directory that holds the steps of an Orbax root, or a file (`target`'s parent), made if missing.
         slot: Number of the slot with the snapshot, or `NO_SLOT`.
         plan: Number of the plan that describes the slot.
@@ -189,7 +190,7 @@ class Job:
         lock: Number of the lock that the run must still have on the target; `None` where there is none.
         ranking: Fields of `retention.Ranking`: which steps stay beside the newest.
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
-        retry_seconds: How long to try again after a failure that may pass.
+        retry_seconds: How long to try again after a failure that may pass; how long a store may fail altogether.
         private: Nobody but the owner may read the checkpoint.
         shares: What each process has written, where several make one checkpoint: see `formats.orbax_merged`.
     """

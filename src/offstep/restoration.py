@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,6 +40,7 @@ from offstep.placement import (
 )
 from offstep.records import PathKey
 from offstep.stored import Contents, Reader, Region, StoredLeaf
+from offstep.stores.path import Readable, StorePath, open_place
 
 if TYPE_CHECKING:
     from offstep.keras_restore import ModelTarget
@@ -68,7 +68,7 @@ class RestoreReport:
         tree: The restored tree, where the target was one.
     """
 
-    path: Path
+    path: Readable
     step: int | None
     restored: tuple[str, ...]
     missing: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class RestoreReport:
 
 def restore(
     target: Tree,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | StorePath,
     *,
     partial: Selection | None = None,
     rename: Renaming | None = None,
@@ -102,7 +102,8 @@ def restore(
 
     Args:
         target: The built model, or the tree.
-        path: A checkpoint of offstep, Orbax or Keras; or a directory of them, whose newest valid one is taken.
+        path: A checkpoint of offstep, Orbax or Keras; or a directory of them, whose newest valid one is taken. Also
+            in a store: `"s3://bucket/run"`, `"gs://bucket/run"`.
         partial: Only these leaves of the target: prefixes of their names, with or without the group in front
             (`"dense_1"`, `"dense_1/bias"`, `"optimizer_variables"`), or a predicate on the whole name.
         rename: Old to new prefixes of names in the checkpoint (`{"dense": "encoder"}`), or a function from one
@@ -128,7 +129,7 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with closing(open_newest(Path(path), verify="fast")) as reader:
+    with closing(open_newest(open_place(path), verify="fast")) as reader:
         return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
 
 
@@ -142,7 +143,7 @@ def _restore(target: Tree, reader: Reader, wishes: _Wishes) -> RestoreReport:
         return (_restore_model if _is_model(target) else _restore_tree)(target, reader, wishes)
 
 
-def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS) -> np.ndarray:
+def read(path: str | os.PathLike[str] | StorePath, leaf: str, *, threads: int = READ_THREADS) -> np.ndarray:
     """Returns one array of a checkpoint, without reading the others.
 
     Args:
@@ -155,7 +156,7 @@ def read(path: str | os.PathLike[str], leaf: str, *, threads: int = READ_THREADS
         KeyError: there is no such leaf, or several; the message lists similar ones.
         CheckpointNotFound, UnsupportedFormat, CheckpointDamaged: see `restore`.
     """
-    with closing(open_newest(Path(path), verify=False)) as reader:
+    with closing(open_newest(open_place(path), verify=False)) as reader:
         found = _find_leaf(reader.contents.leaves, leaf, reader.path)
         return reader.read([Region(found)], threads)[0]
 
@@ -229,7 +230,7 @@ def _leave_to_keras(target: ModelTarget, reader: Reader, wishes: _Wishes, reason
             f"{reader.path} can only be restored whole and as it is into this model: {reason}. Leave out partial, "
             "rename and cast, or restore from a directory that Orbax or offstep wrote."
         )
-    keras_restore.load_by_keras(target, reader.path)
+    keras_restore.load_by_keras(target, reader.file)
     restored = tuple(leaf.name for leaf in target.leaves if not is_forgivable(leaf.path))
     note = f"keras.Model.load_weights has loaded the file, without a report of what it took: {reason}"
     return RestoreReport(reader.path, _find_step(reader), restored, manifest=reader.contents.manifest, note=note)
@@ -380,7 +381,7 @@ def _find_step(reader: Reader) -> int | None:
     return int(reader.path.name) if reader.path.name.isdecimal() else None
 
 
-def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Path) -> StoredLeaf:
+def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Readable) -> StoredLeaf:
     wanted = name.strip("/")
     for spell in (_whole_name, _dotted_name, _name_in_group):
         found = [leaf for leaf in leaves if spell(leaf) == wanted]

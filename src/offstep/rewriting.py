@@ -55,7 +55,7 @@ def rewrite(source: Reader, target: Path, values: Values, extra: dict[str, Any])
         _rewrite_archive(source, target, values)
     else:
         with open_scratch(target.parent) as file:
-            with source.path.open("rb") as original:
+            with source.file.open("rb") as original:
                 shutil.copyfileobj(original, file)
             _overwrite(file, source, values)
             publish(file, target)
@@ -123,7 +123,7 @@ def _make_chunk(layout: LeafLayout, leaf: StoredLeaf, position: tuple[int, ...],
 
 def _rewrite_archive(source: Reader, target: Path, values: Values) -> None:
     with (
-        zipfile.ZipFile(source.path) as original,
+        zipfile.ZipFile(source.file) as original,
         open_scratch(target.parent) as weights,
         open_scratch(target.parent) as file,
     ):

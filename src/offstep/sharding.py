@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from offstep.stores.path import Readable
 
 
 @lru_cache(maxsize=256)  # a model has thousands of leaves and a handful of shardings
@@ -40,7 +41,7 @@ def _device_ids(devices: Any) -> Any:  # nested lists of devices
     return {"id": devices.id}
 
 
-def read_sharding_texts(item: Path) -> dict[str, str]:
+def read_sharding_texts(item: Readable) -> dict[str, str]:
     """Returns the texts that an item of a checkpoint has, by the name of the leaf; none where it has no file."""
     try:
         document = json.loads((item / "_sharding").read_bytes())

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from offstep.records import PathKey
+from offstep.stores.path import Readable
 
 Span = tuple[tuple[int, int], ...]
 """A box in an array: start and stop along each axis."""
@@ -92,8 +93,15 @@ class Contents:
 class Reader(Protocol):
     """An open checkpoint. Any thread may read; close it when done."""
 
-    path: Path
     contents: Contents
+
+    @property
+    def path(self) -> Readable:
+        """The checkpoint."""
+
+    @property
+    def file(self) -> Path:
+        """The file of this machine that is read, a copy where the checkpoint is in a store; only of a single file."""
 
     @property
     def is_checked_fast(self) -> bool:

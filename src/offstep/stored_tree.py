@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from offstep.records import PathKey
 from offstep.restoration import restore
 from offstep.sharding import parse_sharding, read_sharding_texts
 from offstep.stored import StoredLeaf, as_dtype
+from offstep.stores.path import Readable, local_copy
 
 Tree = Any  # nested dicts and lists of arrays, numbers and `jax.ShapeDtypeStruct`
 
@@ -30,7 +30,7 @@ class _Unknown(Exception):
     """Only Orbax knows how to make it."""
 
 
-def read_tree(checkpoint: Path, like: Tree | None = None) -> Tree:
+def read_tree(checkpoint: Readable, like: Tree | None = None) -> Tree:
     """Returns the tree of one step; see `Checkpointer.restore`.
 
     Raises:
@@ -40,14 +40,15 @@ def read_tree(checkpoint: Path, like: Tree | None = None) -> Tree:
     if wanted is None or not all(map(can_describe, jax.tree_util.tree_leaves(wanted))):
         from orbax.checkpoint import v1 as ocp  # takes a second
 
-        return ocp.load(checkpoint, like, checkpointable_name="pytree")
+        with local_copy(checkpoint) as directory:
+            return ocp.load(directory, like, checkpointable_name="pytree")
     report = restore(wanted, checkpoint, cast=True)
     if report.missing:  # what `restore` forgives in a model
         raise StructureMismatch(f"{checkpoint} does not have {', '.join(report.missing)}, which the tree asks for")
     return report.tree
 
 
-def describe_tree(checkpoint: Path) -> Tree | None:
+def describe_tree(checkpoint: Readable) -> Tree | None:
     """Returns nested dicts and lists whose leaves say what each one was: its shape, its dtype, its device.
 
     `None` where only Orbax knows that: keys of random generators, arrays on several devices or on one that is not here.

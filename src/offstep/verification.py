@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from offstep import catalog, manifest
@@ -16,6 +16,8 @@ from offstep.formats import file_manifest
 from offstep.formats.database_check import check_database
 from offstep.manifest import FileRecord, Json, Manifest
 from offstep.records import Problem
+from offstep.stores.path import Readable, StorePath, local_copy, open_place
+from offstep.stores.staging import MARKER_NAME
 
 _BLOCK_BYTES = 8 << 20
 _MOST_DOCUMENT_BYTES = 256 << 20
@@ -36,7 +38,7 @@ class VerifyReport:
         unchecked: What carries no checksum; such a file was looked for, such an array decoded, no more.
     """
 
-    path: Path
+    path: Readable
     problems: tuple[Problem, ...] = ()
     files: int = 0
     leaves: int = 0
@@ -57,20 +59,23 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(path: str | os.PathLike[str]) -> VerifyReport:
+def verify(path: str | os.PathLike[str] | StorePath) -> VerifyReport:
     """Checks the structure of a checkpoint and every checksum in it.
 
     Reads everything once, a chunk at a time. What offstep wrote is covered as a whole; what stock Orbax wrote only as
     far as it has checksums, and the report names the rest.
 
     Args:
-        path: A checkpoint, or a directory of steps: then all of them, each problem with its step.
+        path: A checkpoint, or a directory of steps: then all of them, each problem with its step. Of a store, each is
+            copied into the directory for temporary files first, and deleted when it has been checked.
 
     Raises:
         CheckpointNotFound: there is no checkpoint at all.
         OSError: something cannot be read for another reason than damage, such as permissions.
     """
-    path = Path(path)
+    path = open_place(path)
+    if isinstance(path, StorePath):
+        return _verify_remote(path)
     if path.is_file():
         return _verify_file(path)
     if _is_checkpoint(path):
@@ -81,6 +86,23 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     return _join(path, [(str(step), _verify_directory(path / str(step))) for step in steps])
 
 
+def _verify_remote(path: StorePath) -> VerifyReport:
+    if path.is_file() or _is_checkpoint(path):
+        return _verify_copy(path)
+    steps = [step for step in catalog.named_steps(path) if not catalog.is_unfinished(path / str(step))]
+    if not steps:
+        raise CheckpointNotFound(f"{path} is no checkpoint, and holds no step of one")
+    return _join(path, [(str(step), _verify_copy(path / str(step))) for step in steps])
+
+
+def _verify_copy(path: StorePath) -> VerifyReport:
+    if path.is_dir() and catalog.is_unfinished(path):
+        return VerifyReport(path, (Problem(MARKER_NAME, "the marker of a commit", "none"),))
+    with local_copy(path) as copy:
+        report = _verify_file(copy) if copy.is_file() else _verify_directory(copy)
+    return replace(report, path=path)
+
+
 @dataclass
 class _Findings:
     problems: list[Problem] = field(default_factory=list)
@@ -89,18 +111,18 @@ class _Findings:
     checked_bytes: int = 0
     unchecked: list[str] = field(default_factory=list)
 
-    def report(self, path: Path) -> VerifyReport:
+    def report(self, path: Readable) -> VerifyReport:
         return VerifyReport(
             path, tuple(self.problems), self.files, self.leaves, self.checked_bytes, tuple(sorted(self.unchecked))
         )
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _is_checkpoint(path: Readable) -> bool:
     markers = (_STEP_METADATA, manifest.MANIFEST_NAME, _DATABASE, "commit_success.txt")
     return any((path / marker).exists() for marker in markers)
 
 
-def _join(path: Path, reports: Iterable[tuple[str, VerifyReport]]) -> VerifyReport:
+def _join(path: Readable, reports: Iterable[tuple[str, VerifyReport]]) -> VerifyReport:
     findings = _Findings()
     for name, report in reports:
         findings.problems += [

@@ -33,6 +33,8 @@ from offstep.manifest import Manifest
 from offstep.records import NO_SLOT, Job, Plan
 from offstep.retention import Kept, Ranking
 from offstep.retry import retry
+from offstep.stores.address import is_address
+from offstep.stores.path import Readable, StorePath, open_place
 from offstep.wire import Channel, Message
 
 PROCESS_NICENESS = 5
@@ -228,7 +230,7 @@ def _look_after(job: Job, holdings: _Holdings) -> list[str]:
     Of the root that is locked the trainer did so; there only what an earlier writer of this trainer left is put back.
     """
     root = Path(job.root)
-    if job.root in holdings.roots or not root.is_dir():
+    if job.root in holdings.roots or is_address(job.root) or not root.is_dir():
         return []
     holdings.roots.add(job.root)
     try:
@@ -244,19 +246,19 @@ def _look_after(job: Job, holdings: _Holdings) -> list[str]:
 def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
     if isinstance(prepared, Exception):
         raise prepared
-    if not Path(job.base).is_dir():
+    if not is_address(job.base) and not Path(job.base).is_dir():
         raise FileNotFoundError(errno.ENOENT, "the directory to save into has vanished", job.base)
     return FORMATS[job.format].write(job, prepared, slot, attachments)
 
 
-def _retire(job: Job, census: catalog.Census) -> Iterator[Path]:
+def _retire(job: Job, census: catalog.Census) -> Iterator[Readable]:
     """Removes what may go, and yields each of it once it is gone."""
     if FORMATS[job.format].is_file:
         yield from _retire_files(job)
         return
     if job.keep is None and not job.replace_all:
         return
-    root = Path(job.root)
+    root = open_place(job.root)
     fault = catalog.find_fault(root / str(job.step))
     if fault is not None:
         raise OSError(errno.EIO, f"step {job.step} is not what was written ({fault}), so the older ones stay")
@@ -270,8 +272,17 @@ def _retire(job: Job, census: catalog.Census) -> Iterator[Path]:
         keep_every=ranking.keep_every,
         mode=ranking.mode,
     ):
-        commit.remove_directory(root / str(step))
+        _remove(root / str(step))
         yield root / str(step)
+
+
+def _remove(checkpoint: Readable) -> None:
+    if isinstance(checkpoint, StorePath):
+        checkpoint.remove()
+    elif checkpoint.is_dir():
+        commit.remove_directory(checkpoint)
+    else:
+        commit.remove_file(checkpoint)
 
 
 def _describe(written: Manifest, monitor: str | None) -> Kept:
@@ -279,19 +290,19 @@ def _describe(written: Manifest, monitor: str | None) -> Kept:
     return Kept(written.step, metric, finite=not written.nonfinite)
 
 
-def _retire_files(job: Job) -> Iterator[Path]:
+def _retire_files(job: Job) -> Iterator[Readable]:
     if job.keep is None:
         return
-    written = [path for path in map(Path, job.siblings) if path.is_file()]  # what failed does not count
+    written = [path for path in map(open_place, job.siblings) if path.is_file()]  # what failed does not count
     if len(written) < job.keep:
         return
-    by_age = [Kept(age, finite=_is_finite(path)) for age, path in enumerate([*written, Path(job.target)])]
+    by_age = [Kept(age, finite=_is_finite(path)) for age, path in enumerate([*written, open_place(job.target)])]
     for age in retention.select_expired(by_age, len(written), keep=job.keep):
-        commit.remove_file(written[age])
+        _remove(written[age])
         yield written[age]
 
 
-def _is_finite(path: Path) -> bool:
+def _is_finite(path: Readable) -> bool:
     """Returns whether a file of Keras is not known to hold weights that are NaN or infinite."""
     try:
         written = file_manifest.read(path)

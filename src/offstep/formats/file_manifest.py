@@ -18,10 +18,13 @@ from offstep import manifest
 from offstep._native import crc32c
 from offstep.manifest import FileRecord, Manifest
 from offstep.records import Job, Problem
+from offstep.stores.path import Readable, StorePath
 
 _BLOCK_BYTES = 8 << 20
 _FOOTER = struct.Struct("<Q8s")
 _MARK = b"offstep\x01"
+_ARCHIVE_END, _ARCHIVE_END_BYTES = b"PK\x05\x06", 22  # of a ZIP archive, before its comment
+_TAIL_BYTES = 1 << 17  # of an object in a store: enough for most manifests, and its whole size nobody tells
 _MOST_COMMENT_BYTES = 65_535
 
 
@@ -40,7 +43,7 @@ def encode_comment(job: Job, records: dict[str, FileRecord], nonfinite: int | No
     return text
 
 
-def read(path: Path) -> Manifest | None:
+def read(path: Readable) -> Manifest | None:
     """Reads the manifest of a `.keras` or `.weights.h5` file; `None` where there is none, as in what Keras wrote.
 
     Raises:
@@ -51,8 +54,10 @@ def read(path: Path) -> Manifest | None:
     return manifest.parse(text) if text else None
 
 
-def read_text(path: Path) -> bytes:
+def read_text(path: Readable) -> bytes:
     """Returns the text of the manifest of a file; empty where there is none."""
+    if isinstance(path, StorePath):
+        return find_text(path.read_tail(_TAIL_BYTES))
     return _read_comment(path) if zipfile.is_zipfile(path) else _read_trailer(path)
 
 
@@ -72,6 +77,15 @@ def _read_trailer(path: Path) -> bytes:
             return b""
         file.seek(size - _FOOTER.size - length)
         return file.read(length)
+
+
+def find_text(tail: bytes) -> bytes:
+    """Returns the text of the manifest that ends a file, given the last bytes of it; empty where there is none."""
+    if tail.endswith(_MARK):
+        length, _ = _FOOTER.unpack(tail[-_FOOTER.size :])
+        return tail[-_FOOTER.size - length : -_FOOTER.size]
+    end = tail.rfind(_ARCHIVE_END)
+    return tail[end + _ARCHIVE_END_BYTES :] if end >= 0 else b""
 
 
 def covers(files: Mapping[str, FileRecord]) -> bool:

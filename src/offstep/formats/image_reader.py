@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
+from offstep.formats.data_file import DataFile, open_data_file
 from offstep.formats.ocdbt_index import FileRange, Index, UnknownLayout
 from offstep.host_memory import make_array
 from offstep.records import CRC_BYTES
 from offstep.stored import Region, StoredLeaf, as_dtype
+from offstep.stores.path import Readable, StorePath
 
 _RUN_BYTES = 4 << 20
 _RUN_GAP_BYTES = 4096
+_OBJECT_BLOCK_BYTES = 16 << 20  # of an object in a store, where each request takes tens of milliseconds
 _BLOCK_BYTES = 1 << 20  # of a check: what has been read is still in the cache when its checksum is taken
 _KEPT_BYTES = 32 << 20  # what a check has read is kept up to this size, for the reading that follows it
 
@@ -99,7 +100,7 @@ class ImageReader:
         CheckpointDamaged: a data file is missing or shorter than its index says.
     """
 
-    def __init__(self, database: Path, index: Index) -> None:
+    def __init__(self, database: Readable, index: Index) -> None:
         self._database = database
         self._index = index
         ending = b"/zarr.json"
@@ -107,7 +108,8 @@ class ImageReader:
         self.arrays: Mapping[str, ChunkedArray] = {
             key[: -len(ending)].decode(): parse_array(_inline(value)) for key, value in documents
         }
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, DataFile] = {}
+        self._block_bytes = _OBJECT_BLOCK_BYTES if isinstance(database, StorePath) else _BLOCK_BYTES
         self._kept: dict[tuple[str, int], np.ndarray] = {}  # checked chunks by file and offset
         try:
             self._open_files()
@@ -117,9 +119,9 @@ class ImageReader:
 
     def close(self) -> None:
         """Closes the data files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
+        for file in self._files.values():
+            file.close()
+        self._files = {}
         self._kept = {}
 
     def read(
@@ -157,14 +159,12 @@ class ImageReader:
         for name, end in ends.items():
             path = self._database / name
             try:
-                self._descriptors[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[name] = open_data_file(path)
             except FileNotFoundError as error:
                 raise CheckpointDamaged(f"{path} is missing; restore another checkpoint") from error
-            size = os.fstat(self._descriptors[name]).st_size
-            if size < end:
-                raise CheckpointDamaged(
-                    f"{path} is truncated: it has {size} bytes, expected at least {end}; restore another checkpoint"
-                )
+            fault = self._files[name].find_fault(end)
+            if fault:
+                raise CheckpointDamaged(f"{path} is truncated: {fault}; restore another checkpoint")
 
     def _pieces(self, name: str, region: Region, number: int) -> Iterator[_Piece]:
         array = self.arrays[name]
@@ -230,8 +230,8 @@ class ImageReader:
 
     def _read_blocks(self, piece: _Piece, target: np.ndarray, start: int, crc: int) -> int:
         """Reads bytes of a chunk from `start` on and returns their checksum, taken while they are in the cache."""
-        for at in range(0, target.nbytes, _BLOCK_BYTES):
-            block = target[at : at + _BLOCK_BYTES]
+        for at in range(0, target.nbytes, self._block_bytes):
+            block = target[at : at + self._block_bytes]
             self._read_fully(piece, block, piece.offset + start + at)
             crc = crc32c(block, crc)
         return crc
@@ -251,19 +251,15 @@ class ImageReader:
                 pass
             return
         [piece] = run
-        block = np.empty(_BLOCK_BYTES, np.uint8)
+        block = np.empty(self._block_bytes, np.uint8)
         body_bytes, crc = piece.size - CRC_BYTES, 0
-        for at in range(0, body_bytes, _BLOCK_BYTES):
-            crc = self._read_blocks(piece, block[: min(_BLOCK_BYTES, body_bytes - at)], at, crc)
+        for at in range(0, body_bytes, self._block_bytes):
+            crc = self._read_blocks(piece, block[: min(self._block_bytes, body_bytes - at)], at, crc)
         self._compare(piece, crc, self._read_checksum(piece))
 
     def _read_fully(self, piece: _Piece, target: np.ndarray, offset: int) -> None:
-        pending = target.data
-        while pending.nbytes:
-            count = os.preadv(self._descriptors[piece.file], [pending], offset)
-            if count == 0:
-                raise CheckpointDamaged(f"{piece.leaf.name}: {self._database / piece.file} ends within it")
-            pending, offset = pending[count:], offset + count
+        if target.nbytes and not self._files[piece.file].read_into(target.data, offset):
+            raise CheckpointDamaged(f"{piece.leaf.name}: {self._database / piece.file} ends within it")
 
     def _compare(self, piece: _Piece, crc: int, stored: bytes) -> None:
         if crc != int.from_bytes(stored, "little"):

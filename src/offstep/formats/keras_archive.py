@@ -11,15 +11,14 @@ import mmap
 import zlib
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from offstep import commit
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats.file_manifest import encode_comment
+from offstep.formats.file_staging import stage_file
 from offstep.formats.keras_weights import WEIGHTS_NAME, computed_beside, make_plan_skeleton, round_to_pages
 from offstep.formats.model_config import ModelConfig, parse_config
 from offstep.formats.stored_zip import SMALLEST_PADDING, Member, Moment, encode_directory, encode_header
@@ -89,14 +88,9 @@ def write(job: Job, prepared: PreparedArchive, slot: mmap.mmap) -> int:
     Raises:
         OSError: it is not durable; an older file is untouched.
     """
-    target = Path(job.target)
-    commit.make_root(target.parent)
     rate = None if prepared.rate is None else _read_scalar(prepared.rate, slot)
     size_bytes = prepared.body_bytes  # about; what is long enough to be written around the page cache
-    with (
-        commit.StagedFile(target, size_bytes=size_bytes, tag=job.tag, private=job.private) as staged,
-        memoryview(slot) as view,
-    ):
+    with stage_file(job, size_bytes) as staged, memoryview(slot) as view:
         body, tables = view[: prepared.body_bytes], prepared.float_table
         with counted_beside(view, tables) as nonfinite, computed_beside(zlib.crc32, body, prepared.weights_crc) as crc:
             staged.write(body, prepared.body_offset, io_threads=_IO_THREADS)

@@ -13,11 +13,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from offstep import commit
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
 from offstep.formats import file_manifest
 from offstep.formats.orbax_reader import parse_manifest
 from offstep.host_memory import make_array
 from offstep.stored import Contents, Region, StoredLeaf, as_dtype
+from offstep.stores.path import Readable
 
 SUFFIXES = (".weights.h5", ".keras")
 
@@ -36,17 +38,21 @@ class KerasReader:
 
     Args:
         path: The file.
+        copy: Of this machine, where `path` is in a store; it is deleted with `close`.
 
     Raises:
         UnsupportedFormat: it is no such file.
         CheckpointDamaged: it is truncated, or not readable as HDF5.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Readable, copy: Path | None = None) -> None:
         import h5py  # Orbax directories are read without it
 
-        self.path = path
-        self._file: BinaryIO = path.open("rb")
+        self.path: Readable = path
+        self._copy = copy
+        self._local = path if copy is None and isinstance(path, Path) else copy or Path()
+        assert self._local.name, "what is in a store is read from a copy"
+        self._file: BinaryIO = self._local.open("rb")
         self._archive: zipfile.ZipFile | None = None
         self._start: int | None = 0  # of the HDF5 file within the file
         try:
@@ -54,7 +60,7 @@ class KerasReader:
             self._h5 = h5py.File(source, "r")
             self._datasets = _list_datasets(self._h5)
         except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-            self._file.close()
+            self._close_file()
             if isinstance(error, (CheckpointDamaged, UnsupportedFormat)):
                 raise
             raise CheckpointDamaged(f"{path} cannot be read as a Keras file ({error}); restore another one") from error
@@ -91,7 +97,7 @@ class KerasReader:
         if self._archive is not None:
             self._check_member()
         elif self._is_covered:
-            problem = file_manifest.check(self.path, self.contents.manifest["files"])
+            problem = file_manifest.check(self._local, self.contents.manifest["files"])
             if problem is not None:
                 raise CheckpointDamaged(f"{self.path} is damaged ({problem}); restore another checkpoint")
         else:
@@ -101,7 +107,17 @@ class KerasReader:
     def close(self) -> None:
         """Closes the file."""
         self._h5.close()
+        self._close_file()
+
+    @property
+    def file(self) -> Path:
+        """What is read; see `stored.Reader`."""
+        return self._local
+
+    def _close_file(self) -> None:
         self._file.close()
+        if self._copy is not None:
+            commit.delete(self._copy)
 
     def _open_member(self) -> io.RawIOBase | io.BytesIO:
         self._archive = zipfile.ZipFile(self._file)
@@ -140,7 +156,7 @@ class KerasReader:
             ) from error
 
     def _read_manifest(self) -> Mapping[str, Any]:
-        text = file_manifest.read_text(self.path)
+        text = file_manifest.read_text(self._local)
         return parse_manifest(text, self.path) if text else {}
 
     def _find_offset(self, region: Region) -> int | None:

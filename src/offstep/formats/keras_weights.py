@@ -14,14 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from offstep import commit
 from offstep._native import crc32c
 from offstep.buffers import make_whole_plan
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats.file_manifest import encode_trailer
+from offstep.formats.file_staging import stage_file
 from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
 from offstep.manifest import FileRecord
 from offstep.records import Job, Leaf, PathKey, Plan
@@ -70,13 +69,9 @@ def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
     Raises:
         OSError: it is not durable; an older file is untouched.
     """
-    target, head = Path(job.target), prepared.head
-    commit.make_root(target.parent)
+    head = prepared.head
     file_bytes = len(head) + prepared.body_bytes
-    with (
-        commit.StagedFile(target, size_bytes=file_bytes, tag=job.tag, private=job.private) as staged,
-        memoryview(slot) as view,
-    ):
+    with stage_file(job, file_bytes) as staged, memoryview(slot) as view:
         body = view[: prepared.body_bytes]
         with (
             counted_beside(view, prepared.float_table) as nonfinite,

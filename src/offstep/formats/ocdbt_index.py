@@ -10,11 +10,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
+from offstep.stores.client import TooShort
+from offstep.stores.path import Readable, StorePath
 
 _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
@@ -45,7 +46,7 @@ Index = dict[bytes, bytes | FileRange]
 """Key to value, in ascending order of the keys."""
 
 
-def read_index(database: Path) -> Index:
+def read_index(database: Readable) -> Index:
     """Reads manifest and nodes of the database in a directory, checking their checksums.
 
     Raises:
@@ -122,7 +123,7 @@ def _open(data: bytes, magic: int, origin: str) -> _Cursor:
     return _Cursor(data, _HEAD_BYTES)
 
 
-def _read_root(manifest: Path) -> tuple[int, FileRange] | None:
+def _read_root(manifest: Readable) -> tuple[int, FileRange] | None:
     """Returns height and place of the newest version's root node; `None` for an empty database."""
     try:
         data = manifest.read_bytes()
@@ -168,7 +169,7 @@ def _read_file_table(cursor: _Cursor, base: str) -> list[tuple[str, str]]:
     return files
 
 
-def _read_node(database: Path, place: FileRange, height: int, base: str, prefix: bytes, index: Index) -> None:
+def _read_node(database: Readable, place: FileRange, height: int, base: str, prefix: bytes, index: Index) -> None:
     data = _read_range(database, place)
     cursor = _open(data, _NODE_MAGIC, str(database / place.file))
     if cursor.take(1)[0] != height:
@@ -181,12 +182,12 @@ def _read_node(database: Path, place: FileRange, height: int, base: str, prefix:
         _read_node(database, child, height - 1, child_base, child_prefix, index)
 
 
-def _read_range(database: Path, place: FileRange) -> bytes:
+def _read_range(database: Readable, place: FileRange) -> bytes:
     path = database / place.file
     try:
-        with path.open("rb") as file:
-            file.seek(place.offset)
-            data = file.read(place.size)
+        data = _read_bytes(path, place)
+    except TooShort:
+        data = b""
     except FileNotFoundError as error:
         raise CheckpointDamaged(f"{path} is missing; restore another checkpoint") from error
     if len(data) != place.size:
@@ -194,6 +195,14 @@ def _read_range(database: Path, place: FileRange) -> bytes:
             f"{path} is truncated: its index should end at byte {place.offset + place.size}; restore another checkpoint"
         )
     return data
+
+
+def _read_bytes(path: Readable, place: FileRange) -> bytes:
+    if isinstance(path, StorePath):
+        return path.read_range(place.offset, place.offset + place.size)
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        return file.read(place.size)
 
 
 def _read_leaf_entries(

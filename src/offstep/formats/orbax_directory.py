@@ -1,6 +1,6 @@
 """Turns a slot into the files of a checkpoint directory that stock Orbax and stock Keras read.
 
-Pure: it decides names and contents, writes nothing (`write_tensorstore` apart) and makes nothing durable. Arrays are
+Pure: it decides names and contents, writes nothing and makes nothing durable. Arrays are
 zarr3 in one OCDBT database per item, uncompressed, each chunk followed by its CRC-32C, which the stock reader checks.
 The slot already holds the chunks in this form, so it becomes the head of the data file without a copy.
 """
@@ -14,7 +14,6 @@ import struct
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,12 +48,6 @@ _SEQUENCE_KEY, _DICT_KEY = 1, 2
 # `model.load_weights(root/step)` works, which is the only way to an older step.
 _KERAS_MARKER = "checkpoint_metadata"
 _JAX_ARRAY = "jax.Array"
-_TENSORSTORE_CONFIG = {
-    "max_inline_value_bytes": 1024,
-    "max_decoded_node_bytes": 100_000_000,
-    "manifest_kind": "single",
-}
-_TARGET_DATA_FILE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ def data_files(
     if split.base is not None and not split.is_linked:
         files[base_path(split)] = split.pieces(slot, BASE_FILE)
     own = split.pieces(slot, OWN_FILE)
-    return files | database_files(_spread(prepared, split), own, now_ns, () if split.base is None else (split.base,))
+    return files | database_files(spread(prepared, split), own, now_ns, () if split.base is None else (split.base,))
 
 
 def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_ns: int) -> dict[str, Parts]:
@@ -193,34 +186,9 @@ def document_files(prepared: PreparedDirectory, *, step: int, target: str, now_n
     return files
 
 
-def write_tensorstore(prepared: PreparedDirectory, slot: memoryview, directory: Path) -> None:
-    """Writes the database with the arrays into `directory/pytree` through TensorStore, in one transaction.
-
-    For stores where the slot cannot be written as a file. Blocks until written, which is not yet durable: the caller
-    fsyncs. TensorStore holds a second copy of the state until then.
-    """
-    import tensorstore as ts  # the image path does without it, and starts faster
-
-    spec = {
-        "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{directory / STATE}/"},
-        "config": _TENSORSTORE_CONFIG,
-        "assume_config": True,
-        "target_data_file_size": _TARGET_DATA_FILE_BYTES,
-    }
-    # A context of its own: a shared cache pool would keep the arrays in memory.
-    context = ts.Context({"file_io_sync": False})
-    store = ts.KvStore.open(spec, context=context).result()
-    with ts.Transaction() as transaction:
-        writer = store.with_transaction(transaction)
-        for key, value in prepared.state.entries:
-            writer[key] = _value_bytes(value, slot)
-
-
-def _value_bytes(value: bytes | SlotRange, slot: memoryview) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    return bytes(slot[value.offset : value.offset + value.size])
+def name_data_file() -> str:
+    """Returns a name that no other data file has, relative to its database."""
+    return f"d/{os.urandom(16).hex()}"
 
 
 def database_files(
@@ -239,14 +207,14 @@ def database_files(
         other_files: Names of the other data files that the entries refer to, relative to the item.
         data_file: Name of the own one; `None` makes one up.
     """
-    data_file = data_file or f"d/{os.urandom(16).hex()}"
+    data_file = data_file or name_data_file()
     nodes, manifest = item.database.encode(
         data_file=data_file, other_files=other_files, uuid=os.urandom(16), commit_time_ns=now_ns, crc32c=crc32c
     )
     return {f"{item.name}/{data_file}": (*values, *nodes), f"{item.name}/manifest.ocdbt": (manifest,)}
 
 
-def _spread(prepared: PreparedDirectory, split: Split) -> ArrayItem:
+def spread(prepared: PreparedDirectory, split: Split) -> ArrayItem:
     """Returns the state's item as it is when its slot lies in several data files."""
     if split.runs not in prepared.spread:
         prepared.spread.clear()

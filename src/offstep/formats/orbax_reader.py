@@ -17,6 +17,7 @@ from offstep.formats.ocdbt_index import UnknownLayout, read_index
 from offstep.formats.tensorstore_reader import TensorStoreReader
 from offstep.records import PathKey
 from offstep.stored import Contents, Region, StoredLeaf
+from offstep.stores.path import Readable
 
 _SEQUENCE_KEY = 1
 _ITEM_NAMES = ("pytree", "state", "default")  # Keras's and ours, Orbax v1's, Orbax v0's
@@ -25,13 +26,13 @@ _ARRAY_TYPES = frozenset(("jax.Array", "np.ndarray", "scalar"))
 _Entry = tuple[str, tuple[PathKey, ...], str]
 
 
-def find_item(checkpoint: Path) -> Path | None:
+def find_item(checkpoint: Readable) -> Readable | None:
     """Returns the directory with the arrays of a checkpoint: one of its items, or itself."""
     candidates = [checkpoint, *(checkpoint / name for name in _ITEM_NAMES)]
     return next((item for item in candidates if (item / "_METADATA").is_file() and _has_arrays(item)), None)
 
 
-def _has_arrays(item: Path) -> bool:
+def _has_arrays(item: Readable) -> bool:
     return (item / "manifest.ocdbt").is_file() or any(item.glob("*/.zarray")) or any(item.glob("*/zarr.json"))
 
 
@@ -46,14 +47,14 @@ class OrbaxReader:
         CheckpointDamaged: its index cannot be read, or its files are shorter than that says.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Readable) -> None:
         item = find_item(checkpoint)
         if item is None:
             raise UnsupportedFormat(
                 f"{checkpoint} holds no arrays of an Orbax checkpoint (a 'pytree' directory with _METADATA and "
                 "manifest.ocdbt); give the directory of one step, or that of all steps"
             )
-        self.path = checkpoint
+        self.path: Readable = checkpoint
         written = read_manifest(checkpoint)
         metadata = _read_json(item / "_METADATA")
         try:
@@ -67,6 +68,11 @@ class OrbaxReader:
         self._names = {path: name for name, path, _ in entries}
         leaves = _make_leaves(entries, self._arrays.arrays, _read_prng_impls(item))
         self.contents = Contents("orbax_directory", leaves, bool(written), written, tuple(others))
+
+    @property
+    def file(self) -> Path:
+        """A directory is no single file."""
+        raise UnsupportedFormat(f"{self.path} is a directory; expected a file of Keras")
 
     @property
     def is_checked_fast(self) -> bool:
@@ -93,7 +99,7 @@ class OrbaxReader:
         self._arrays.close()
 
 
-def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
+def read_manifest(checkpoint: Readable) -> Mapping[str, Any]:
     """Returns the fields of `manifest.Manifest` as `offstep.json` has them; nothing where there is no such file.
 
     Raises:
@@ -107,7 +113,7 @@ def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
         return parse_manifest(file.read(manifest.MAX_BYTES + 1), checkpoint)
 
 
-def parse_manifest(text: bytes, origin: Path) -> Mapping[str, Any]:
+def parse_manifest(text: bytes, origin: Readable) -> Mapping[str, Any]:
     """Reads the text of a manifest; see `read_manifest`."""
     version = _find_version(text)
     if version is not None and version > manifest.FORMAT_VERSION:
@@ -127,7 +133,7 @@ def _find_version(text: bytes) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _read_json(path: Path) -> dict[str, Any]:  # JSON
+def _read_json(path: Readable) -> dict[str, Any]:  # JSON
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -158,7 +164,9 @@ def _path_key(key: Mapping[str, Any]) -> PathKey:  # JSON
     return int(key["key"]) if key["key_type"] == _SEQUENCE_KEY else str(key["key"])
 
 
-def _open_arrays(item: Path, metadata: Mapping[str, Any], names: list[str]) -> ImageReader | TensorStoreReader:  # JSON
+def _open_arrays(
+    item: Readable, metadata: Mapping[str, Any], names: list[str]
+) -> ImageReader | TensorStoreReader:  # JSON
     is_zarr3 = bool(metadata.get("use_zarr3", False))
     if not (item / "manifest.ocdbt").is_file():
         return TensorStoreReader(item, names, is_zarr3=is_zarr3, is_ocdbt=False)
@@ -182,7 +190,7 @@ def _make_leaves(
     )
 
 
-def _read_prng_impls(item: Path) -> dict[str, str]:
+def _read_prng_impls(item: Readable) -> dict[str, str]:
     """Returns the PRNG implementation of each array of keys, by its name."""
     impls: dict[str, str] = {}
     for path in item.glob("array_metadatas/process_*"):

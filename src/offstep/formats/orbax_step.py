@@ -11,10 +11,11 @@ from typing import Any
 from offstep import commit, manifest
 from offstep.buffers import make_plan
 from offstep.finiteness import counted_beside
-from offstep.formats import orbax_directory
+from offstep.formats import orbax_directory, orbax_objects
 from offstep.formats.base_file import BaseFile, Split
 from offstep.manifest import FileRecord
 from offstep.records import Job, Leaf, PathKey, Plan
+from offstep.stores.address import Address, to_place
 
 _IO_THREADS = 2
 
@@ -53,7 +54,9 @@ def write(
     Raises:
         OSError: it is not durable; nothing that was there before is touched.
     """
-    target = Path(job.target)
+    target = to_place(job.target)
+    if isinstance(target, Address):
+        return orbax_objects.write(job, target, prepared, slot, attachments)
     commit.make_root(Path(job.root))
     commit.refuse_foreign(target)
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from offstep.errors import UnsupportedFormat
 from offstep.formats.image_reader import ImageReader
 from offstep.formats.ocdbt_index import FileRange, Index
 from offstep.formats.orbax_directory import leaf_entries
@@ -48,6 +49,11 @@ class SlotReader:
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
         """Checks the checksums of leaves; see `stored.Reader`."""
         self._arrays.verify([(self._names[leaf.path], leaf) for leaf in leaves], threads)
+
+    @property
+    def file(self) -> Path:
+        """A snapshot is no file of Keras."""
+        raise UnsupportedFormat(f"{self.path} is in memory; expected a file of Keras")
 
     def close(self) -> None:
         """Closes what it has opened."""

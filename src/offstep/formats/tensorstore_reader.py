@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from offstep.errors import CheckpointDamaged
 from offstep.formats.image_reader import ChunkedArray
 from offstep.host_memory import copy_into
 from offstep.stored import Region, StoredLeaf
+from offstep.stores.path import Readable, StorePath
 
 
 class TensorStoreReader:
@@ -27,7 +27,7 @@ class TensorStoreReader:
         CheckpointDamaged: an array is missing or its description damaged.
     """
 
-    def __init__(self, item: Path, names: Sequence[str], *, is_zarr3: bool, is_ocdbt: bool) -> None:
+    def __init__(self, item: Readable, names: Sequence[str], *, is_zarr3: bool, is_ocdbt: bool) -> None:
         import tensorstore as ts  # most checkpoints are read without it
 
         # A context of its own, without a cache that outlives the restore.
@@ -65,15 +65,17 @@ class TensorStoreReader:
         self._stores = {}
 
 
-def _spec(item: Path, name: str, *, is_zarr3: bool, is_ocdbt: bool) -> dict[str, Any]:  # JSON
-    files = {"driver": "file", "path": f"{item}/"}
+def _spec(item: Readable, name: str, *, is_zarr3: bool, is_ocdbt: bool) -> dict[str, Any]:  # JSON
+    files = item.kvstore() if isinstance(item, StorePath) else {"driver": "file", "path": f"{item}/"}
     kvstore = (
-        {"driver": "ocdbt", "base": files, "path": f"{name}/"} if is_ocdbt else files | {"path": f"{item}/{name}/"}
+        {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        if is_ocdbt
+        else files | {"path": f"{files['path']}{name}/"}
     )
     return {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": kvstore, "recheck_cached_data": False}
 
 
-def _wait(future: Any, name: str, item: Path) -> Any:  # of TensorStore
+def _wait(future: Any, name: str, item: Readable) -> Any:  # of TensorStore
     try:
         return future.result()
     except ValueError as error:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from pathlib import Path
 from typing import Any
 
-from offstep import commit
 from offstep._native import crc32c
 from offstep.formats.file_manifest import encode_comment, encode_trailer
+from offstep.formats.file_staging import stage_file
 from offstep.formats.keras_weights import PAGE_BYTES, WEIGHTS_NAME, computed_beside
 from offstep.manifest import FileRecord
 from offstep.records import Job, Plan
@@ -32,12 +31,7 @@ def write(job: Job, prepared: None, slot: mmap.mmap) -> int:
         OSError: it is not durable; an older file is untouched.
     """
     assert job.file_bytes is not None
-    target = Path(job.target)
-    commit.make_root(target.parent)
-    with (
-        commit.StagedFile(target, size_bytes=job.file_bytes, tag=job.tag, private=job.private) as staged,
-        memoryview(slot) as view,
-    ):
+    with stage_file(job, job.file_bytes) as staged, memoryview(slot) as view:
         # In whole pages as long as nothing is to be changed, which is the end at most.
         pages_bytes = max(0, job.file_bytes - _ZIP_END_BYTES) // PAGE_BYTES * PAGE_BYTES
         is_hdf5 = view[: len(_HDF5_MARK)] == _HDF5_MARK

@@ -1,0 +1,1 @@
+"""Object stores: how they are addressed, asked, written to and read from."""

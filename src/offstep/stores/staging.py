@@ -1,0 +1,159 @@
+"""Checkpoints on their way into a store. There is no rename there: what tells a checkpoint is its last object.
+
+The order for a directory: the data under names that no other attempt has, the documents, then `commit_success.txt`,
+which stock Orbax looks for in a store. It is created only if there is none, and holds a text that no other attempt
+has, so that an attempt whose acknowledgement was lost can tell its own from another's. A store acknowledges an object
+when it is durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from offstep.stores.address import Address
+from offstep.stores.client import Patience, Store, Unanswered
+
+MARKER_NAME = "commit_success.txt"
+
+_CLEANING_SECONDS = 2.0
+
+Parts = Sequence[bytes | memoryview]
+
+
+class StagedObjects:
+    """A directory that is being written to its final place, where readers do not see it before its marker.
+
+    Use it as a context manager: what has not been committed when the block ends is deleted, as far as the store lets
+    that happen at once.
+
+    Args:
+        final: The checkpoint.
+        nonce: Text that no other attempt has.
+        patience_seconds: How long the store may fail before that is an error.
+
+    Raises:
+        OSError: the store cannot be asked.
+    """
+
+    def __init__(self, final: Address, *, nonce: bytes, patience_seconds: float) -> None:
+        self.final = final
+        self.is_committed = False
+        self._nonce = nonce
+        self._store = Store(final, Patience(patience_seconds))
+        self._marker_key = (final / MARKER_NAME).key
+        self._documents: dict[str, bytes] = {}
+        self._written: set[str] = set()
+        self._found = set(self._store.list(f"{final.key}/"))
+        if self._marker_key in self._found and self._is_ours():
+            self.is_committed = True  # by an earlier attempt, whose report was lost
+
+    def __enter__(self) -> StagedObjects:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self.is_committed or isinstance(error, Unanswered):  # nor would it answer now; what is left is no checkpoint
+            return
+        with contextlib.suppress(OSError):  # the next checkpoint of this run sweeps what is left
+            Store(self.final, Patience(_CLEANING_SECONDS)).delete_all(sorted(self._written - self._found))
+
+    def write(self, files: Mapping[str, Parts]) -> dict[str, int]:
+        """Puts data files into the store, keeps documents for `commit`, and returns their sizes in bytes.
+
+        Args:
+            files: Relative POSIX path → parts. A path of a data file (`.../d/<name>`) must be used by nobody else, and
+                the marker must end with the nonce.
+
+        Raises:
+            OSError: the first failure.
+        """
+        data = {path: parts for path, parts in files.items() if _is_data(path)}
+        self._documents |= {path: b"".join(parts) for path, parts in files.items() if path not in data}
+        self._put({path: parts for path, parts in data.items() if not self.is_committed})
+        return {path: sum(map(len, parts)) for path, parts in files.items()}
+
+    def commit(self) -> None:
+        """Makes everything written a checkpoint.
+
+        One of the same name that was there before is none from the moment at which its documents are replaced until
+        the new one is. Its data, and what dead attempts left, go away after that.
+
+        Raises:
+            OSError: it is none, or nobody can tell: then the text says so.
+            FileExistsError: another run has committed one of this name meanwhile.
+        """
+        if self.is_committed:
+            return
+        marker = self._documents.pop(MARKER_NAME)
+        assert marker.endswith(self._nonce), "another attempt might have the same"
+        if self._marker_key in self._found:
+            self._store.delete(self._marker_key)
+        self._put({path: (content,) for path, content in self._documents.items()})
+        self._mark(marker)
+        self.is_committed = True
+        with contextlib.suppress(OSError):  # it is committed all the same, and readers do not look at what is left
+            self._store.delete_all(sorted(self._found - self._written - {self._marker_key}))
+
+    def _mark(self, marker: bytes) -> None:
+        try:
+            is_ours = self._store.create(self._marker_key, marker)
+        except Unanswered as error:
+            error.args = (error.errno, f"{error.strerror}; it may still appear there, and whole", error.filename)
+            raise
+        if not is_ours:
+            text = "another run has committed a checkpoint of this name meanwhile"
+            raise FileExistsError(errno.EEXIST, text, str(self.final))
+
+    def _is_ours(self) -> bool:
+        return (self._store.get(self._marker_key) or b"").endswith(self._nonce)
+
+    def _put(self, files: Mapping[str, Parts]) -> None:
+        keys = {(self.final / path).key: parts for path, parts in files.items()}
+        self._written |= set(keys)
+        self._store.put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+
+
+class StagedObject:
+    """A single file that is put into a store as one object when it is whole.
+
+    Pieces are kept until then: views must keep their contents.
+
+    Args:
+        final: The object.
+        size_bytes: What it will measure, unless `commit` says otherwise.
+        patience_seconds: How long the store may fail before that is an error.
+    """
+
+    def __init__(self, final: Address, *, size_bytes: int, patience_seconds: float) -> None:
+        self.final = final
+        self._size_bytes = size_bytes
+        self._store = Store(final, Patience(patience_seconds))
+        self._pieces: dict[int, bytes | memoryview] = {}
+
+    def __enter__(self) -> StagedObject:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pieces = {}
+
+    def write(self, content: bytes | memoryview, offset: int, *, io_threads: int = 1) -> None:
+        """Takes the piece that begins at `offset`; pieces follow each other without gaps."""
+        self._pieces[offset] = content
+
+    def commit(self, size_bytes: int | None = None) -> None:
+        """Puts the object, in place of an older one; up to then, or if this fails, the older one is there, whole.
+
+        Args:
+            size_bytes: What it measures, where that was not known before.
+
+        Raises:
+            OSError: nobody can tell that it is there.
+        """
+        whole = b"".join(self._pieces[offset] for offset in sorted(self._pieces))
+        self._store.put(self.final.key, whole[: self._size_bytes if size_bytes is None else size_bytes])
+
+
+def _is_data(path: str) -> bool:
+    return path.rpartition("/")[0].rpartition("/")[2] == "d"
