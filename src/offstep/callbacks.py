@@ -229,7 +229,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._check_can_save_any_batch("memory_every")
             if not self._destination.is_constant or self._destination.is_remote:
                 raise ValueError(
-                    "memory_every needs a local directory whose name has no fields but a last one, such as 'ckpts/{step}'. "
+                    "memory_every needs a local directory, without fields but for a last one, such as 'ckpts/{step}'. "
                     f"Received: filepath={filepath}"
                 )
         if save_on_preemption:
