@@ -59,6 +59,7 @@ def judge(
     wants_submitted: bool = False,
     errors: str = "",
     is_hung: bool = False,
+    may_be_empty: bool = False,
 ) -> Verdict:
     """Judges one trial.
 
@@ -70,6 +71,7 @@ def judge(
         wants_submitted: Also what had been submitted must be there, or somebody must have been told that it is not.
         errors: What the trainee wrote to stderr.
         is_hung: It had to be killed at its deadline.
+        may_be_empty: It may have been killed before it said of any save that it was accepted.
     """
     equal = {each.step for each in found if each.state == "equal"}
     wrong = [each for each in found if each.state == "wrong"]
@@ -81,7 +83,7 @@ def judge(
         is_silent=bool(wrong) or (bool(dropped) and claims.is_done and not is_told),
         is_unreported=bool(dropped) and wants_submitted and not claims.is_done and not is_told,
         is_hung=is_hung,
-        fault="" if claims.submitted else "it saved nothing: the trial shows nothing",
+        fault="" if claims.submitted or may_be_empty else "it saved nothing: the trial shows nothing",
         detail=_describe(claims, found, lost, dropped),
     )
 
