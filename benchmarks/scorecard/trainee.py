@@ -235,11 +235,17 @@ def make_model_checkpoint(trainee: Trainee) -> Any:  # a Keras callback
     import keras
 
     class Telling(keras.callbacks.ModelCheckpoint):
+        is_saving = False
+
+        def _should_save_model(self, *arguments: Any) -> bool:
+            self.is_saving = super()._should_save_model(*arguments)
+            return self.is_saving
+
         def _save_model(self, epoch: int, batch: int | None, logs: dict[str, float] | None) -> None:
             super()._save_model(epoch, batch, logs)
-            step = int(self.model.optimizer.iterations)
-            trainee.submit(step)
-            trainee.report_all()
+            if self.is_saving:
+                trainee.submit(int(self.model.optimizer.iterations))
+                trainee.report_all()
 
     options: dict[str, Any] = {"save_freq": trainee.spec.save_every or "epoch"}
     options["save_weights_only"] = trainee.peer.reader == "weights"
