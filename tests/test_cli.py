@@ -374,6 +374,34 @@ def test_prune_spares_multiples_and_more_of_the_best(root: Path) -> None:
     assert offstep("prune", root, "--keep", "1", "--keep-every", "10", "--json").document["removed"] == []
 
 
+@pytest.mark.parametrize("suffix", ["keras", "weights.h5"])
+def test_files_of_ours_are_listed_and_pruned_by_step_and_metric(suffix: str, tmp_path: Path) -> None:
+    callback = ModelCheckpoint(
+        tmp_path / f"{{epoch}}.{suffix}", in_process=True, save_weights_only=suffix == "weights.h5"
+    )
+    history = fit(make_model(), [callback], epochs=3)
+    for number in (1, 2, 3):
+        os.utime(tmp_path / f"{number}.{suffix}", (100 - number, 100 - number))
+    listed = offstep("ls", tmp_path, "--json").document
+    steps = sorted((entry["step"], entry["metrics"]["loss"], entry["format"][:5]) for entry in listed["checkpoints"])
+    assert steps == [(7 * (number + 1), loss, "keras") for number, loss in enumerate(history.history["loss"])]
+    assert offstep("prune", tmp_path, "--keep", "1", "--monitor", "loss").code == OK
+    best = 1 + int(np.argmin(history.history["loss"]))
+    assert sorted(os.listdir(tmp_path)) == sorted({f"{best}.{suffix}", f"3.{suffix}"})
+
+
+@pytest.mark.filterwarnings("ignore:Keras itself writes each file:UserWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of stock Keras
+def test_a_legacy_file_is_looked_at_if_asked_for(tmp_path: Path) -> None:
+    fit(make_model(), [ModelCheckpoint(tmp_path / "m.h5", in_process=True)], epochs=1)
+    assert "model_weights/first/" in offstep("inspect", tmp_path / "m.h5").out
+    assert "without a checksum" not in offstep("verify", tmp_path / "m.h5").out
+    run = offstep("average", tmp_path / "m.h5", tmp_path / "m.h5", tmp_path / "mean.h5")
+    assert run.code == UNSUITABLE
+    assert "legacy format" in run.err
+    assert offstep("ls", tmp_path).out.startswith("no checkpoint in")
+
+
 def test_prune_takes_files_by_their_age(stock: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("b.keras", "c.keras", "a.keras")):
         (tmp_path / name).write_bytes((stock / "m.keras").read_bytes())

@@ -177,6 +177,8 @@ def test_the_average_of_files_is_a_file_that_keras_reads(
     if suffix == "keras":
         assert keras.saving.load_model(tmp_path / "mean.keras").optimizer.iterations == 14
     assert os.listdir(tmp_path) == [f"mean.{suffix}"]
+    assert offstep("verify", tmp_path / f"mean.{suffix}").code == OK
+    assert offstep("latest", tmp_path, "--verify").code == OK
 
 
 def test_the_newest_and_the_best_are_chosen(tmp_path: Path) -> None:

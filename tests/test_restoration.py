@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import jax
 import jax.numpy as jnp
 import keras
@@ -193,6 +194,36 @@ def test_a_file_of_stock_keras_is_restored(suffix: str, tmp_path: Path) -> None:
     state, expected = read_state(second), read_state(first)
     assert_same({name: state[name] for name in report.restored}, {name: expected[name] for name in report.restored})
     assert {name.split("/")[0] for name in report.restored} >= {"trainable_variables", "optimizer_variables"}
+
+
+@pytest.mark.filterwarnings("ignore:Keras itself writes each file:UserWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of stock Keras
+@pytest.mark.parametrize("name", ["m.h5", "m.weights.h5"])
+def test_weights_of_a_legacy_file_are_loaded_by_keras_and_the_optimizer_is_said_to_be_missing(
+    name: str, tmp_path: Path
+) -> None:
+    first, second = make_model(), make_model()
+    fit(first, [ModelCheckpoint(tmp_path / name)], epochs=1)
+    report = offstep.restore(second, tmp_path / name)
+    assert report.step == 7
+    assert "Keras's legacy format" in report.note
+    assert {path.split("/")[0] for path in report.restored} == {"trainable_variables", "non_trainable_variables"}
+    assert {path.split("/")[0] for path in report.missing} >= {"optimizer_variables"}
+    assert np.array_equal(first.get_layer("first").kernel, second.get_layer("first").kernel)
+    if name == "m.h5":
+        assert offstep.latest(tmp_path) is None  # such a file may be anybody's
+        with pytest.raises(StructureMismatch, match=r"stock Keras cannot load .*m.h5 into this model"):
+            offstep.restore(make_stack("a", "b", width=7), tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:5000])
+        with pytest.raises(CheckpointDamaged, match="restore another"):
+            offstep.restore(second, tmp_path / name)
+
+
+def test_hdf5_that_is_no_model_is_told(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["x"] = np.ones(3)
+    with pytest.raises(UnsupportedFormat, match="is HDF5, but holds no model of Keras"):
+        offstep.restore(make_model(), tmp_path / "data.h5")
 
 
 def test_a_file_that_a_layer_computes_is_left_to_keras(tmp_path: Path) -> None:

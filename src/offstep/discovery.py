@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from offstep import catalog
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
-from offstep.formats.keras_reader import SUFFIXES, KerasReader
+from offstep.formats.keras_reader import LEGACY_SUFFIX, SUFFIXES, KerasReader
 from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.stored import Reader
 from offstep.stores.path import Readable, StorePath, fetch, open_place
@@ -40,11 +40,11 @@ def open_checkpoint(path: Readable) -> Reader:
         if catalog.is_unfinished(path):
             raise CheckpointDamaged(f"{path} was never committed: {MARKER_NAME} is missing; restore another checkpoint")
         return OrbaxReader(path)
-    if path.name.endswith(SUFFIXES):
+    if path.name.endswith((*SUFFIXES, LEGACY_SUFFIX)):
         return KerasReader(path, fetch(path)) if isinstance(path, StorePath) else KerasReader(path)
     raise UnsupportedFormat(
         f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
-        f"{', '.join(SUFFIXES)}"
+        f"{', '.join((*SUFFIXES, LEGACY_SUFFIX))}"
     )
 
 

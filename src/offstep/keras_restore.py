@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ from offstep import keras_names, keras_state
 from offstep.errors import StructureMismatch
 from offstep.keras_files import plan_file
 from offstep.keras_rebuild import GROUPS, list_layers, list_variables
-from offstep.matching import OPTIMIZER_GROUP, Path, TargetLeaf
+from offstep.matching import OPTIMIZER_GROUP, WEIGHT_GROUPS, TargetLeaf, is_forgivable
+from offstep.matching import Path as LeafPath
 from offstep.placement import (
     Array,
     Destination,
@@ -24,7 +27,7 @@ from offstep.placement import (
     open_memory,
     renew,
 )
-from offstep.stored import Contents, StoredLeaf
+from offstep.stored import Contents, Reader, StoredLeaf
 
 Model = Any  # Keras carries no types
 Variable = Any  # nor has it one class of variables for all its modes
@@ -44,7 +47,7 @@ class ModelTarget:
     model: Model
     leaves: tuple[TargetLeaf, ...]
     variables: tuple[Variable, ...]
-    find_names: Callable[[], Sequence[Path]]
+    find_names: Callable[[], Sequence[LeafPath]]
 
     def describe(self, number: int) -> Destination:
         """Returns how to make the array of one leaf."""
@@ -93,13 +96,16 @@ def open_model(model: Model, contents: Contents) -> ModelTarget:
     return ModelTarget(model, leaves, tuple(v for v, _ in variables), lambda: keras_names.describe_state(model).paths)
 
 
-def name_leaves(target: ModelTarget, contents: Contents) -> tuple[list[tuple[Path, StoredLeaf]], str]:
+def name_leaves(target: ModelTarget, contents: Contents) -> tuple[list[tuple[LeafPath, StoredLeaf]], str]:
     """Returns the leaves of a checkpoint with the paths that a state of the model gives them.
 
     The text says why that cannot be told of a Keras file: a layer of the model computes what it saves.
     """
-    if contents.format == "orbax_directory":
-        return [(leaf.path, leaf) for leaf in contents.leaves], ""
+    if contents.format in ("orbax_directory", "keras_legacy"):
+        reason = (
+            "" if contents.format == "orbax_directory" else "it has Keras's legacy format, of which it takes weights"
+        )
+        return [(leaf.path, leaf) for leaf in contents.leaves], reason
     plan = plan_file(target.model)
     numbers = {tuple(name.split("/")): number for name, number in plan.sources.items()}
     named = [(leaf.path, numbers.get(tuple(map(str, leaf.path)))) for leaf in contents.leaves]
@@ -107,9 +113,33 @@ def name_leaves(target: ModelTarget, contents: Contents) -> tuple[list[tuple[Pat
     return list(zip(paths, contents.leaves, strict=True)), plan.reason
 
 
-def load_by_keras(target: ModelTarget, path: os.PathLike[str]) -> None:
-    """Lets stock Keras load the weights of one of its files."""
-    target.model.load_weights(path)
+def load_by_keras(target: ModelTarget, reader: Reader) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lets stock Keras load one of its files; returns the names of the leaves that such a file has, and of the others.
+
+    Raises:
+        StructureMismatch: Keras finds other layers in it, or other shapes; the model may have been changed.
+    """
+    is_legacy = reader.contents.format == "keras_legacy"
+    with _named_for_keras(reader.file, is_legacy=is_legacy) as path:
+        try:
+            target.model.load_weights(path)
+        except (ValueError, KeyError) as error:
+            raise StructureMismatch(f"stock Keras cannot load {reader.path} into this model: {error}") from error
+    groups = WEIGHT_GROUPS if is_legacy else GROUPS
+    restored = [leaf.name for leaf in target.leaves if leaf.path[0] in groups and not is_forgivable(leaf.path)]
+    return tuple(restored), tuple(leaf.name for leaf in target.leaves if leaf.name not in set(restored))
+
+
+@contextmanager
+def _named_for_keras(path: Path, *, is_legacy: bool) -> Iterator[Path]:
+    """Gives a legacy file a name by which Keras knows it, where it has that of another format."""
+    if not is_legacy or not path.name.endswith(".weights.h5"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        link = Path(directory, "model.h5")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _describe(variable: Variable, group: str) -> TargetLeaf:

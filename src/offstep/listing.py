@@ -21,7 +21,7 @@ from offstep.stores.path import Readable, StorePath
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 _METADATA_NAME = "_CHECKPOINT_METADATA"
-_FORMATS = {".weights.h5": "keras_weights", ".keras": "keras_archive"}
+_FORMATS = {".weights.h5": "keras_weights", ".keras": "keras_archive", ".h5": "keras_legacy"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Entry:
     Attributes:
         path: The checkpoint.
         step: Training step, where it or its name says so.
-        format: `"orbax_directory"`, `"keras_weights"` or `"keras_archive"`.
+        format: `"orbax_directory"`, `"keras_weights"`, `"keras_archive"` or `"keras_legacy"`.
         saved_at: Seconds since the epoch.
         size_bytes: Of all its files, those that it shares with other checkpoints included.
         metrics: Numbers kept with it.
@@ -160,15 +160,22 @@ def _find_problem(path: Readable) -> str:
 
 
 def _describe_file(path: Readable) -> Entry:
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    suffix = next((suffix for suffix in _FORMATS if path.name.endswith(suffix)), None)
     if suffix is None:
         raise UnsupportedFormat(
             f"{path} is no checkpoint: expected a directory that Orbax or offstep wrote, or a file that ends in "
-            f"{', '.join(SUFFIXES)}"
+            f"{', '.join(_FORMATS)}"
         )
     if isinstance(path, StorePath):
         return _describe_object(path, suffix)
-    manifest, problem = _open_archive(path) if suffix == ".keras" else _open_weights(path)
+    problem = _find_fault_of_archive(path) if suffix == ".keras" else _find_fault_of_hdf5(path)
+    manifest: Mapping[str, Any] = {}  # JSON
+    if not problem:
+        try:
+            text = file_manifest.read_text(path)
+            manifest = parse_manifest(text, path) if text else {}
+        except (CheckpointDamaged, UnsupportedFormat) as error:
+            problem = str(error)
     status = path.stat()
     return Entry(
         path=path,
@@ -199,25 +206,22 @@ def _describe_object(path: StorePath, suffix: str) -> Entry:
     )
 
 
-def _open_archive(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
-    """Returns the manifest of an archive, and what is wrong with its directory."""
+def _find_fault_of_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "model.weights.h5" not in names:
-                return {}, "it has no model.weights.h5: it is no .keras file of Keras 3"
-            return (json.loads(archive.read("offstep.json")) if "offstep.json" in names else {}), ""
+            has_weights = "model.weights.h5" in archive.namelist()
+            return "" if has_weights else "it has no model.weights.h5: it is no .keras file of Keras 3"
     except (zipfile.BadZipFile, ValueError) as error:
-        return {}, f"it cannot be read as an archive ({error})"
+        return f"it cannot be read as an archive ({error})"
 
 
-def _open_weights(path: Path) -> tuple[Mapping[str, Any], str]:  # JSON
+def _find_fault_of_hdf5(path: Path) -> str:
     import h5py  # Orbax directories are listed without it
 
     with path.open("rb"):  # says plainly that it cannot be read, where that is so
         pass
     try:
         with h5py.File(path, "r"):
-            return {}, ""
+            return ""
     except OSError as error:
-        return {}, f"it cannot be read as HDF5 ({error})"
+        return f"it cannot be read as HDF5 ({error})"

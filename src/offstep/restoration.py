@@ -230,10 +230,9 @@ def _leave_to_keras(target: ModelTarget, reader: Reader, wishes: _Wishes, reason
             f"{reader.path} can only be restored whole and as it is into this model: {reason}. Leave out partial, "
             "rename and cast, or restore from a directory that Orbax or offstep wrote."
         )
-    keras_restore.load_by_keras(target, reader.file)
-    restored = tuple(leaf.name for leaf in target.leaves if not is_forgivable(leaf.path))
+    restored, missing = keras_restore.load_by_keras(target, reader)
     note = f"keras.Model.load_weights has loaded the file, without a report of what it took: {reason}"
-    return RestoreReport(reader.path, _find_step(reader), restored, manifest=reader.contents.manifest, note=note)
+    return replace(_report(reader, Matching((), missing=missing), ()), restored=restored, note=note)
 
 
 def _fill(target: ModelTarget, reader: Reader, pairs: Sequence[tuple[int, StoredLeaf]], threads: int) -> Iterator[int]:

@@ -43,6 +43,8 @@ def rewrite(source: Reader, target: Path, values: Values, extra: dict[str, Any])
         UnsupportedFormat: `target` has the suffix of another format.
         OSError: it is not durable; what was there is untouched.
     """
+    if source.contents.format not in SUFFIXES:
+        raise UnsupportedFormat(f"{source.path} is in Keras's legacy format, which cannot be written anew")
     suffix = SUFFIXES[source.contents.format]
     others = [other for other in SUFFIXES.values() if other and other != suffix]
     if not target.name.endswith(suffix) or (not suffix and target.name.endswith(tuple(others))):

@@ -76,7 +76,7 @@ class Contents:
     """What a reader found.
 
     Attributes:
-        format: `"orbax_directory"`, `"keras_weights"` or `"keras_archive"`.
+        format: `"orbax_directory"`, `"keras_weights"`, `"keras_archive"` or `"keras_legacy"`.
         leaves: In the order of the state where `is_ordered`, else sorted by name.
         is_ordered: Whether the order of the leaves says which is which when names differ.
         manifest: The fields of `manifest.Manifest` as the checkpoint has them; empty for checkpoints of others.

@@ -22,6 +22,7 @@ from offstep.stored import Contents, Region, StoredLeaf, as_dtype
 from offstep.stores.path import Readable
 
 SUFFIXES = (".weights.h5", ".keras")
+LEGACY_SUFFIX = ".h5"  # it may be anybody's, so that no such file is looked for in a directory
 
 _MEMBER = "model.weights.h5"
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -65,8 +66,7 @@ class KerasReader:
                 raise
             raise CheckpointDamaged(f"{path} cannot be read as a Keras file ({error}); restore another one") from error
         leaves = tuple(_describe(name, dataset) for name, dataset in self._datasets.items())
-        kind = "keras_weights" if self._archive is None else "keras_archive"
-        self.contents = Contents(kind, leaves, False, self._read_manifest())
+        self.contents = Contents(self._find_kind(), leaves, False, self._read_manifest())
 
     @property
     def is_checked_fast(self) -> bool:
@@ -131,6 +131,16 @@ class KerasReader:
             return io.BytesIO(self._archive.read(info))
         self._start = self._find_data(info)
         return _Window(self._file, self._start, info.file_size)
+
+    def _find_kind(self) -> str:
+        if self._archive is not None:
+            return "keras_archive"
+        if "layer_names" in self._h5.attrs or "model_weights" in self._h5:
+            return "keras_legacy"
+        if not self.path.name.endswith(SUFFIXES):
+            self.close()
+            raise UnsupportedFormat(f"{self.path} is HDF5, but holds no model of Keras")
+        return "keras_weights"
 
     def _find_data(self, info: zipfile.ZipInfo) -> int:
         """Returns where in the file a stored member's bytes begin."""
