@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "frequency": (),
     "memory": (),
     "restore": (),
+    "memory_tier": (),
     "frozen": (),
     "writer": (),
 }
