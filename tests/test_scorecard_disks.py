@@ -71,3 +71,26 @@ def test_a_commit_that_leaves_fsyncs_out_loses_something_in_a_power_cut(
     tally = keep_score(tmp_path, f"power_cut_{disk}_after_durable", peer, *how, trials=5)
     assert tally["survived"] < tally["trials"], tally
     assert tally["lost_bytes"] > 0
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scenario", ["failing_calls_eio", "disk_full_middle", "disk_full_last"])
+def test_writing_in_place_loses_the_file_when_the_disk_fails(tmp_path: Path, scenario: str) -> None:
+    tally = keep_score(tmp_path, scenario, "offstep_weights", "--sabotage", "in_place", trials=3)
+    assert tally["survived"] < tally["trials"], tally
+    assert tally["lost_bytes"] > 0
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@OURS
+@pytest.mark.parametrize(
+    "scenario",
+    ["disk_full_middle", "disk_full_last", "inodes_exhausted", "read_only", "directory_deleted", "planted_links"],
+)
+def test_nothing_that_was_durable_is_lost_in_trouble_and_the_rest_is_told(
+    tmp_path: Path, scenario: str, peer: str
+) -> None:
+    tally = keep_score(tmp_path, scenario, peer, trials=3)
+    assert tally["survived"] == tally["trials"], tally

@@ -13,9 +13,11 @@ import shutil
 import signal
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN are one number, and so is the flag for "as if the power went":
@@ -23,6 +25,8 @@ from pathlib import Path
 _SHUTDOWN = 0x8004587D
 _WITHOUT_LOG_FLUSH = 2
 _PATIENCE_SECONDS = 30.0
+_PAGE_BYTES = 4096
+_GREED_SECONDS = 0.001
 
 # The journal is committed by fsyncs only, not by a timer, so that a cut does not show the luck of the moment.
 _MOUNT_OPTIONS = {"ext4": "noatime,commit=900", "xfs": "noatime"}
@@ -89,14 +93,20 @@ class Disk:
             subprocess.run(["fsfreeze", "--unfreeze", self.path], check=True)
 
     @contextlib.contextmanager
-    def full(self, *, spare_bytes: int = 0) -> Iterator[None]:
-        """In the block there is no space left, but for about `spare_bytes`."""
+    def full(self) -> Iterator[None]:
+        """In the block there is no space: another program takes whatever somebody lets go of."""
         ballast = self.path / "ballast"
-        try:
-            fill(ballast, spare_bytes)
-            yield
-        finally:
-            ballast.unlink(missing_ok=True)
+        enough = threading.Event()
+        with ballast.open("wb", buffering=0) as file:
+            fill(file)
+            greedy = threading.Thread(target=_keep_full, args=(file, enough))
+            greedy.start()
+            try:
+                yield
+            finally:
+                enough.set()
+                greedy.join()
+                ballast.unlink()
 
     @contextlib.contextmanager
     def without_inodes(self, *, spare: int = 0) -> Iterator[None]:
@@ -110,18 +120,20 @@ class Disk:
             shutil.rmtree(ballast)
 
 
-def fill(ballast: Path, spare_bytes: int) -> None:
-    """Writes a file until the file system is full, but for `spare_bytes` in whole pages."""
-    page = 4096
-    with ballast.open("wb", buffering=0) as file:
-        for block_bytes in (1 << 20, page):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(os.urandom(page) * (block_bytes // page))
+def fill(file: FileIO) -> None:
+    """Appends to a file until the file system is full."""
+    for size_bytes in (1 << 20, _PAGE_BYTES):
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(size_bytes))
         os.fsync(file.fileno())
-        size_bytes = file.tell()
-        file.truncate(max(0, size_bytes - spare_bytes))
-        os.fsync(file.fileno())
+
+
+def _keep_full(file: FileIO, enough: threading.Event) -> None:
+    while not enough.wait(_GREED_SECONDS):
+        with contextlib.suppress(OSError):
+            while file.write(bytes(_PAGE_BYTES)):
+                pass
 
 
 def take_inodes(ballast: Path, spare: int) -> None:
