@@ -13,6 +13,7 @@ import keras
 
 from offstep import catalog, commit, ownership, policy
 from offstep.callbacks import ModelCheckpoint, has_own_hooks
+from offstep.cards import describe_saves, make_card
 from offstep.options import Mode, OnBusy, OnError
 
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
@@ -95,6 +96,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
             resume=True,
         )
         self._saver.resume_for(self, mid_epoch=mid_epoch)
+
+    def _repr_html_(self) -> str:
+        return make_card(type(self).__name__, self.backup_dir, describe_saves(self._saver.stats, self._saver.counts))
 
     @property
     def saver(self) -> ModelCheckpoint:

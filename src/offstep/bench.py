@@ -18,8 +18,9 @@ from offstep.doctor import find_file_system
 from offstep.frequency import parse_budget
 from offstep.overhead import Advice, Cost, advise_for_budget, advise_for_failures, find_cost
 from offstep.quantities import parse_bytes, parse_seconds
-from offstep.tables import make_table, spell_age, spell_bytes
+from offstep.tables import make_table, spell_age
 from offstep.trial import PEERS, Spec, Trial, run_trials
+from offstep.words import spell_bytes
 
 _FAILED = 6
 _OURS = "offstep"

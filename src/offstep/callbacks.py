@@ -15,6 +15,7 @@ import keras
 from offstep import keras_formats, keras_state, ownership, policy, recovery, retention
 from offstep.attachments import Attachment, packable_items
 from offstep.batches import Dispatch, Logs, StepCounter, plain_numbers
+from offstep.cards import describe_saves, make_card
 from offstep.checkpointer import check_full_every, check_remote, refuse_spanning
 from offstep.destination import Destination
 from offstep.engine import Engine
@@ -65,7 +66,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         monitor: Name of the metric that decides what is best.
         verbose: 0 is silent, 1 prints Keras's lines. 2 adds what each save has cost once it is durable, and puts the
             milliseconds for which saves stalled an epoch into its `logs["offstep_stall_ms"]`, for the callbacks after
-            this one.
+            this one; where somebody looks on, a line says which saves are on their way.
         save_best_only: Save only what is better than everything before.
         save_weights_only: Leave out optimizer, metrics and model configuration.
         mode: `"auto"`, `"min"` or `"max"`.
@@ -206,7 +207,7 @@ class ModelCheckpoint(DecidingCheckpoint):
         self._resumes_best, self._takeover = resume_best, takeover
         self._skip_unchanged = skip_unchanged
         self._engine = Engine(options, on_durable=self._say_durable)
-        self._observer = Observer(event_log, on_durable)
+        self._observer = Observer(event_log, on_durable, is_live=verbose > 1)
         # Snapshots are taken in hooks that Keras always calls on the training thread. Where its dispatch calls
         # `on_train_batch_end` from a pool, that hook only takes notes, so the pool need not be switched off. The hooks
         # of a subclass know nothing of that, and may keep ours from being called: they are called as those of stock's
@@ -268,6 +269,9 @@ class ModelCheckpoint(DecidingCheckpoint):
     def counts(self) -> Counts:
         """How many saves were requested, became durable, failed, were skipped."""
         return self._engine.counts
+
+    def _repr_html_(self) -> str:
+        return make_card(type(self).__name__, self.filepath, describe_saves(self.stats, self.counts))
 
     def wait_until_finished(self, timeout: float | None = None) -> None:
         """Waits until everything saved so far is durable.
@@ -380,6 +384,7 @@ class ModelCheckpoint(DecidingCheckpoint):
             self._resumption.settle()
         if self._has_ended():
             self._catch_up("test_begin")
+        self._observer.hide()
         self._pause()
 
     def on_test_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
@@ -699,9 +704,13 @@ class ModelCheckpoint(DecidingCheckpoint):
         if self._frequency is not None and pending.stats.durable_seconds is not None:
             self._frequency.note_durable(pending.stats.durable_seconds - pending.stats.compute_seconds)
         if self.verbose > 0:
-            keras_state.print_message(pending.note)
+            self._print(pending.note)
         if self.verbose > 1:
-            keras_state.print_message(describe_costs(pending.stats))
+            self._print(describe_costs(pending.stats))
+
+    def _print(self, text: str) -> None:
+        self._observer.hide()
+        super()._print(text)
 
 
 def _describe_moment(epoch: int, batch: int | None, logs: Logs | None) -> dict[str, Any]:  # JSON

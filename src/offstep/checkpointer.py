@@ -15,6 +15,7 @@ import numpy as np
 
 from offstep import attachments, catalog, commit, ownership, recovery, retention
 from offstep.attachments import Attachment, Value
+from offstep.cards import describe_saves, make_card
 from offstep.engine import Engine
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedLeaf
 from offstep.holders import spans_processes
@@ -27,6 +28,7 @@ from offstep.snapshot import describe_leaf
 from offstep.stored_tree import read_tree
 from offstep.stores.address import Address, Place, to_place
 from offstep.stores.path import Readable, open_place
+from offstep.words import show_count
 
 Tree = Any  # any pytree of arrays and numbers
 T = TypeVar("T")
@@ -261,6 +263,14 @@ class Checkpointer:
     def counts(self) -> Counts:
         """How many saves were requested, became durable, failed, were skipped."""
         return self._engine.counts
+
+    def _repr_html_(self) -> str:
+        rows = describe_saves(self.stats, self.counts)
+        if isinstance(self.directory, Path):  # else it would ask over the network
+            steps = self.all_steps()
+            newest = f", the newest {steps[-1]:,}" if steps else ""
+            rows.insert(0, ("there are", show_count(len(steps), "step") + newest))
+        return make_card("Checkpointer", str(self.directory), rows)
 
     def close(self) -> None:
         """Waits for all saves and frees the slots.

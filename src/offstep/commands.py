@@ -19,7 +19,8 @@ from offstep.discovery import open_newest
 from offstep.listing import Entry, list_entries
 from offstep.stored import Reader
 from offstep.stores.path import Readable, StorePath
-from offstep.tables import make_table, spell_age, spell_bytes, spell_number
+from offstep.tables import make_table, spell_age, spell_number
+from offstep.words import spell_bytes
 
 DONE, DIFFERENT, NOTHING, DAMAGED = 0, 1, 3, 5
 

@@ -7,15 +7,18 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PosixPath
 from typing import Any, Literal
 
 from offstep import catalog
-from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedFormat
+from offstep.cards import Row, make_card
+from offstep.errors import CheckpointDamaged, CheckpointNotFound, OffstepError, UnsupportedFormat
 from offstep.formats.keras_reader import LEGACY_SUFFIX, SUFFIXES, KerasReader
 from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.stored import Reader
 from offstep.stores.path import Readable, StorePath, fetch, open_place
 from offstep.stores.staging import MARKER_NAME
+from offstep.words import show_count, spell_bytes
 
 _STEP_NAME = re.compile(r"0|[1-9][0-9]*")
 Verify = bool | Literal["fast"]
@@ -24,6 +27,38 @@ Verify = bool | Literal["fast"]
 Age = tuple[int, ...]
 
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
+
+
+class CheckpointPath(PosixPath):
+    """The path of a checkpoint; a notebook shows what it holds."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str | None:
+        try:
+            reader = open_checkpoint(self)
+        except (OffstepError, OSError):  # it has gone, or this is the path of something else
+            return None
+        try:
+            return make_card("checkpoint", str(self), _describe(reader))
+        finally:
+            reader.close()
+
+
+def _show(path: Readable) -> Readable:
+    return CheckpointPath(path) if isinstance(path, Path) else path
+
+
+def _describe(reader: Reader) -> list[Row]:
+    contents, manifest = reader.contents, reader.contents.manifest
+    size = spell_bytes(sum(leaf.size_bytes for leaf in contents.leaves))
+    rows = [("format", contents.format), ("holds", f"{show_count(len(contents.leaves), 'leaf', 'leaves')}, {size}")]
+    counts = {name: manifest.get(name) for name in ("step", "epoch", "batch")}
+    rows += [(name, f"{count:,}") for name, count in counts.items() if isinstance(count, int)]
+    rows += [(name, f"{value:.6g}") for name, value in read_metrics(manifest).items()]
+    if manifest.get("nonfinite"):
+        rows.append(("NaN or infinite", show_count(manifest["nonfinite"], "value")))
+    return rows
 
 
 def open_checkpoint(path: Readable) -> Reader:
@@ -77,7 +112,7 @@ def latest(directory: catalog.Root, *, verify: bool = False) -> Readable | None:
     """
     for reader in _open_valid(open_place(directory), verify):
         reader.close()
-        return reader.path
+        return _show(reader.path)
     return None
 
 
@@ -113,7 +148,7 @@ def best(
         seen |= set(metrics)
         current = sign * metrics.get(monitor, math.nan)
         if math.isfinite(current) and current > value:  # newest first: an older one has to be better
-            found, value = reader.path, current
+            found, value = _show(reader.path), current
     if count and monitor not in seen:
         raise ValueError(
             f"none of the {count} checkpoints in {directory} has the metric {monitor!r}; they have "

@@ -85,7 +85,7 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
             is_due = self._frequency.end_batch(is_writing=self._is_writing())
             choice = self._frequency.take_news()
             if choice is not None:
-                keras_state.print_message(f"\noffstep: {choice.describe(self._steps_per_execution)}")
+                self._print(f"\noffstep: {choice.describe(self._steps_per_execution)}")
             return is_due
         if isinstance(self.save_freq, int):
             return bool(super()._should_save_on_batch(batch))
@@ -142,6 +142,9 @@ class DecidingCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         if not self.save_best_only or self._is_promising or self.best is None:
             return False
         return bool(np.isfinite(np.asarray(self.best)).all())
+
+    def _print(self, text: str) -> None:
+        keras_state.print_message(text)
 
     def _is_writing(self) -> bool:
         """Returns whether a save is not durable yet."""

@@ -7,6 +7,8 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from jax import monitoring
 
 from offstep.batch_times import BatchTimes, Summary
 from offstep.event_log import VERSION, EventLog
+from offstep.live_line import LiveLine, NotebookLine, open_line
 from offstep.pending import PendingSave
 from offstep.records import SaveStats
+from offstep.words import show_seconds, spell_bytes
 
 OnDurable = Callable[[SaveStats], object]
 
@@ -31,15 +35,27 @@ SKIPPED_EVENT = "/offstep/save/skipped"
 _DIGITS = 6  # of seconds: microseconds
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """A save on its way: its number in the log, and when its hook began (`time.monotonic()`)."""
+
+    number: int
+    pending: PendingSave
+    began: float
+
+
 class Observer:
     """Follows the saves of one callback. Training thread only.
 
     Args:
         event_log: A file to which one line of JSON is appended for each event; `None` keeps none.
         on_durable: Called with the stats of each save that has become durable.
+        is_live: Show the saves on their way where somebody looks on.
     """
 
-    def __init__(self, event_log: str | os.PathLike[str] | None, on_durable: OnDurable | None) -> None:
+    def __init__(
+        self, event_log: str | os.PathLike[str] | None, on_durable: OnDurable | None, *, is_live: bool = False
+    ) -> None:
         if on_durable is not None and not callable(on_durable):
             raise ValueError(f"on_durable must be a function of the stats of a save. Received: {on_durable!r}")
         self._path = None if event_log is None else Path(event_log).absolute()
@@ -49,17 +65,21 @@ class Observer:
         self._saves = 0
         self._batches = BatchTimes()
         self._step = 0  # after the last batch
-        self._in_flight: deque[tuple[int, PendingSave]] = deque()  # with their numbers in the log
+        self._in_flight: deque[_Followed] = deque()
+        self._is_live = is_live
+        self._line: LiveLine | NotebookLine | None = None
         self._stall_seconds = 0.0  # since the last epoch ended
         self._stall_in_batch_seconds = self._compute_in_batch_seconds = 0.0
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self._path, self._on_durable)  # a copy of a callback follows its own saves
+    def __reduce__(self) -> tuple[Callable[..., Observer], tuple[Any, ...]]:
+        # A copy of a callback follows its own saves.
+        return partial(type(self), is_live=self._is_live), (self._path, self._on_durable)
 
     def begin(self, **about: Any) -> None:  # JSON
         """Notes that a run begins."""
         self._run, self._saves = secrets.token_hex(4), 0
         self._batches = BatchTimes()
+        self._line = open_line() if self._is_live else None
         self._add("begin", version=VERSION, pid=os.getpid(), **about)
 
     def begin_batch(self) -> None:
@@ -82,7 +102,7 @@ class Observer:
         self._compute_in_batch_seconds += stats.compute_seconds
         monitoring.record_event_duration_secs(STALL_EVENT, stats.stall_seconds)
         self._saves += 1
-        self._in_flight.append((self._saves, pending))
+        self._in_flight.append(_Followed(self._saves, pending, time.monotonic() - stats.call_seconds))
         self._add(
             "snapshot",
             save=self._saves,
@@ -94,6 +114,7 @@ class Observer:
             wait_seconds=stats.wait_seconds,
             compute_seconds=stats.compute_seconds,
         )
+        self._show()
 
     def skip(self, step: int, path: str) -> None:
         """Notes a save for which no slot was free."""
@@ -102,9 +123,10 @@ class Observer:
 
     def settle(self) -> None:
         """Tells of the saves that have become durable or failed since the last call, in the order of the saves."""
-        while self._in_flight and self._in_flight[0][1].done():
-            number, pending = self._in_flight.popleft()
-            stats = pending.stats
+        while self._in_flight and self._in_flight[0].pending.done():
+            self.hide()  # the user's function may print
+            followed = self._in_flight.popleft()
+            number, stats = followed.number, followed.pending.stats
             if stats.skipped:
                 monitoring.record_event(SKIPPED_EVENT)
                 self._add("skipped", save=number, step=stats.step, path=stats.path)
@@ -113,9 +135,20 @@ class Observer:
                 self._add("failed", save=number, step=stats.step, path=stats.path, error=stats.error)
             else:
                 self._tell_durable(number, stats, stats.durable_seconds)
+        self._show()
+
+    def hide(self) -> None:
+        """Takes the line of saves on their way off, before anything is printed."""
+        if self._line is not None:
+            self._line.hide()
+
+    def _show(self) -> None:
+        if self._line is not None and self._in_flight:
+            self._line.show(_describe_pending(list(self._in_flight)))
 
     def end_epoch(self, epoch: int) -> float:
         """Notes the end of an epoch, counted from 1; returns for how many milliseconds saves have stalled in it."""
+        self.hide()
         stall_ms, self._stall_seconds = self._stall_seconds * 1e3, 0.0
         self._add_batches(self._batches.take())
         self._add("epoch", epoch=epoch, stall_seconds=stall_ms / 1e3)
@@ -124,6 +157,8 @@ class Observer:
     def end(self) -> None:
         """Notes that the run has ended."""
         self.settle()
+        self.hide()
+        self._line = None
         self._add_batches(self._batches.take())
         self._add("end")
         if self._log is not None:
@@ -168,6 +203,13 @@ class Observer:
 
 def _shorten(value: Any) -> Any:  # JSON
     return round(value, _DIGITS) if isinstance(value, float) else value
+
+
+def _describe_pending(followed: list[_Followed]) -> str:
+    steps = ", ".join(f"{one.pending.step:,}" for one in followed)
+    size = spell_bytes(sum(one.pending.stats.state_bytes for one in followed))
+    age = show_seconds(time.monotonic() - followed[0].began)
+    return f"offstep: {'step' if len(followed) == 1 else 'steps'} {steps} on the way to the disk for {age}, {size}"
 
 
 def describe_costs(stats: SaveStats) -> str:

@@ -23,8 +23,7 @@ from offstep.figures import (
 )
 from offstep.history import History, Run, Save
 from offstep.panels import make_section
-from offstep.tables import spell_bytes
-from offstep.words import DASH, MINUS, show_clock, show_count, show_seconds, show_share
+from offstep.words import DASH, MINUS, show_clock, show_count, show_seconds, show_share, spell_bytes
 
 MARK = "<!doctype html><!-- offstep report -->"
 """How the file begins: by this it is known when it is made again."""

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDE = 10_000  # a pipe gets whole lines
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -30,16 +29,6 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
     return table
-
-
-def spell_bytes(count: int) -> str:
-    """Returns a number of bytes for people, in powers of 1000."""
-    size = float(count)
-    for unit in _UNITS:
-        if size < 999.5 or unit == _UNITS[-1]:
-            return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def spell_age(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Lengths of time, shares and counts as a report words them."""
+"""Lengths of time, sizes, shares and counts for people."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ TIME_UNITS = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"), (60.0, "min"), (3600.0, "
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 """The first stands for what there is not."""
 
+_SIZES = ("B", "kB", "MB", "GB", "TB")
 _PAIRS = ((TIME_UNITS[5], TIME_UNITS[4]), (TIME_UNITS[4], TIME_UNITS[3]), (TIME_UNITS[3], TIME_UNITS[2]))
 
 
@@ -47,3 +48,13 @@ def show_digits(value: float) -> str:
         return f"{value:,.0f}"
     text = f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
     return f"{float(text):f}".rstrip("0").rstrip(".")
+
+
+def spell_bytes(count: int) -> str:
+    """Returns a number of bytes for people, in powers of 1000."""
+    size = float(count)
+    for unit in _SIZES:
+        if size < 999.5 or unit == _SIZES[-1]:
+            return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError
