@@ -39,6 +39,13 @@ def bench(args: Namespace) -> Answer:
     trials, failures = run_trials(spec, lambda text: print(f"offstep: {text}", file=sys.stderr, flush=True))
     if not trials:
         raise ChildProcessError(f"no training ended well: {'; '.join(failures.values())}")
+    return conclude(spec, trials, failures, budget=budget, mtbf_seconds=mtbf_seconds)
+
+
+def conclude(
+    spec: Spec, trials: Sequence[Trial], failures: Mapping[str, str], *, budget: float, mtbf_seconds: float | None
+) -> Answer:
+    """Returns what follows from trials, at least one, and from what others failed of."""
     costs = [find_cost(trial) for trial in trials]
     advice = {cost.peer: advise_for_budget(cost, budget) for cost in costs}
     optima = {} if mtbf_seconds is None else {cost.peer: advise_for_failures(cost, mtbf_seconds) for cost in costs}
@@ -49,7 +56,7 @@ def bench(args: Namespace) -> Answer:
             _describe_peer(trial, cost, advice[cost.peer], optima.get(cost.peer))
             for trial, cost in zip(trials, costs, strict=True)
         ],
-        "failures": failures,
+        "failures": dict(failures),
     }
     shown: list[RenderableType] = [_head(spec, trials, costs), "", _make_cost_table(costs, spec.every), ""]
     shown += [_make_advice_table(costs, advice, optima, budget), ""]
