@@ -12,8 +12,9 @@ from typing import Any
 import keras
 
 from offstep import catalog, commit, ownership, policy
-from offstep.callbacks import ModelCheckpoint, has_own_hooks
+from offstep.callbacks import ModelCheckpoint
 from offstep.cards import describe_saves, make_card
+from offstep.keras_hooks import has_own_hooks
 from offstep.options import Mode, OnBusy, OnError
 
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
