@@ -88,38 +88,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what a path may lead to -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "code"), [("ls", OK), ("inspect", NOTHING), ("latest", NOTHING), ("verify", NOTHING), ("prune", OK)]
-)
-def test_an_empty_directory(command: str, code: int, tmp_path: Path) -> None:
-    run = offstep(command, tmp_path, *COMMANDS[command])
-    assert run.code == code
-    assert "checkpoint" in run.out + run.err
-    assert "Traceback" not in run.err
-
-
 @all_commands
 def test_nothing_at_all(command: str, tmp_path: Path) -> None:
     run = offstep(command, tmp_path / "absent", *COMMANDS[command])
     assert (run.code, run.out) == (NOTHING, "")
     assert run.err == f"offstep: {tmp_path}/absent does not exist\n"
-
-
-@all_commands
-def test_a_file_that_is_no_checkpoint(command: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    run = offstep(command, tmp_path / "notes.txt", *COMMANDS[command])
-    assert run.code == UNSUITABLE
-    assert "notes.txt" in run.err
-    assert "checkpoint" in run.err
-
-
-@all_commands
-def test_a_directory_of_other_things(command: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    run = offstep(command, tmp_path, *COMMANDS[command])
-    assert run.code in (OK, NOTHING, UNSUITABLE)
-    assert "no valid checkpoint" in run.err or "no checkpoint" in run.out or "0 checkpoints" in run.out or run.err
 
 
 @contextmanager
@@ -132,18 +105,6 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
-
-
-@all_commands
-def test_no_permission(command: str, root: Path) -> None:
-    root.chmod(0)
-    try:
-        with as_nobody():
-            run = offstep(command, root, *COMMANDS[command])
-    finally:
-        root.chmod(0o755)
-    assert run.code == REFUSED
-    assert run.err.startswith("offstep: Permission denied: ")
 
 
 @pytest.mark.parametrize("name", ["standard", "managed/5", "callback", "m.keras", "m.weights.h5"])

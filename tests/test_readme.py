@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from blocks_of_text import find_blocks
 from command import offstep as run_command
-from runs import make_data
+from runs import assert_same, fit, make_data, make_model, read_state
 from test_ocdbt import write_database
 
 import offstep
@@ -66,6 +66,14 @@ def run_line(line: str, scripts: dict[str | None, str]) -> str:
     assert arguments[0] == "install"
     assert arguments[1] in (".", *(f".[{name}]" for name in extras))
     return ""
+
+
+@pytest.mark.usefixtures("programs_on_disk")
+def test_saving_changes_no_bit_of_a_training(tmp_path: Path) -> None:
+    with_saves, without = make_model(), make_model()
+    fit(with_saves, [offstep.ModelCheckpoint(tmp_path / "{step}", save_freq=2)])
+    fit(without, [])
+    assert_same(read_state(with_saves), read_state(without))
 
 
 @pytest.mark.usefixtures("programs_on_disk")
