@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -110,6 +111,12 @@ def make_names() -> dict[str, Any]:  # as many kinds as there are names
         "batches": [0.5] * 20,
         "train_step": train_step,
     }
+
+
+def test_the_readme_names_every_argument_beyond_keras_s() -> None:
+    parameters = inspect.signature(offstep.ModelCheckpoint.__init__).parameters.values()
+    ours = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    assert [name for name in ours if f"`{name}`" not in README] == []
 
 
 def test_the_page_on_formats_reads_a_directory_by_hand(tmp_path: Path) -> None:
