@@ -9,13 +9,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from offstep import commit
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
 from offstep.formats import file_manifest
+from offstep.formats.hdf5_index import UnknownLayout, list_datasets
 from offstep.formats.orbax_reader import parse_manifest
 from offstep.host_memory import make_array
 from offstep.stored import Contents, Region, StoredLeaf, as_dtype
@@ -56,16 +57,19 @@ class KerasReader:
         self._file: BinaryIO = self._local.open("rb")
         self._archive: zipfile.ZipFile | None = None
         self._start: int | None = 0  # of the HDF5 file within the file
+        self._member_bytes = 0
         try:
             source = self._open_member() if path.name.endswith(".keras") else self._file
             self._h5 = h5py.File(source, "r")
-            self._datasets = _list_datasets(self._h5)
+            self._datasets = self._index_datasets() or _list_datasets(self._h5)
         except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             self._close_file()
             if isinstance(error, (CheckpointDamaged, UnsupportedFormat)):
                 raise
             raise CheckpointDamaged(f"{path} cannot be read as a Keras file ({error}); restore another one") from error
-        leaves = tuple(_describe(name, dataset) for name, dataset in self._datasets.items())
+        leaves = tuple(
+            StoredLeaf(tuple(name.split("/")), found.shape, found.dtype) for name, found in self._datasets.items()
+        )
         self.contents = Contents(self._find_kind(), leaves, False, self._read_manifest())
 
     @property
@@ -129,8 +133,29 @@ class KerasReader:
             _refuse_bomb(_MEMBER, info.file_size, info.compress_size)
             self._start = None  # in memory only
             return io.BytesIO(self._archive.read(info))
-        self._start = self._find_data(info)
+        self._start, self._member_bytes = self._find_data(info), info.file_size
         return _Window(self._file, self._start, info.file_size)
+
+    def _index_datasets(self) -> dict[str, _Dataset] | None:
+        """Lists the datasets without h5py but for one of each type; `None` where h5py has to be asked for all."""
+        if self._start is None:
+            return None
+        size = self._file.seek(0, os.SEEK_END) - self._start if self._archive is None else self._member_bytes
+        try:
+            found = list_datasets(self._file.fileno(), self._start, size)
+        except UnknownLayout:
+            return None
+        samples = {dataset.kind: name for name, dataset in reversed(found.items())}
+        known = {kind: _describe(name, self._h5[name]) for kind, name in samples.items()}
+        for kind, name in samples.items():
+            if (found[name].shape, found[name].offset) != (known[kind].shape, self._h5[name].id.get_offset()):
+                return None
+        return {
+            name: known[dataset.kind]._replace(
+                shape=dataset.shape, offset=dataset.offset if known[dataset.kind].is_plain else None
+            )
+            for name, dataset in found.items()
+        }
 
     def _find_kind(self) -> str:
         if self._archive is not None:
@@ -171,11 +196,8 @@ class KerasReader:
 
     def _find_offset(self, region: Region) -> int | None:
         """Returns where in the file a whole dataset lies in one piece, in our byte order; `None` if it does not."""
-        dataset = self._datasets[region.leaf.name]
-        if self._start is None or not region.is_whole or not dataset.dtype.isnative:
-            return None
-        offset = dataset.id.get_offset()
-        return None if offset is None else self._start + int(offset)
+        offset = self._datasets[region.leaf.name].offset
+        return None if self._start is None or not region.is_whole or offset is None else self._start + offset
 
     def _read_at(self, offset: int, target: np.ndarray, leaf: StoredLeaf) -> None:
         pending = target.reshape(-1).view(np.uint8).data
@@ -186,9 +208,8 @@ class KerasReader:
             pending, offset = pending[count:], offset + count
 
     def _read_by_hdf5(self, region: Region) -> np.ndarray:
-        dataset = self._datasets[region.leaf.name]
         try:
-            found = dataset[tuple(slice(start, stop) for start, stop in region.box)]
+            found = self._h5[region.leaf.name][tuple(slice(start, stop) for start, stop in region.box)]
         except (OSError, RuntimeError) as error:
             raise CheckpointDamaged(
                 f"{region.leaf.name}: it cannot be read from {self.path} ({error}); restore another checkpoint"
@@ -228,11 +249,20 @@ class _Window(io.RawIOBase):
         return int(found)
 
 
-def _list_datasets(h5: Any) -> dict[str, Any]:  # of h5py
+class _Dataset(NamedTuple):
+    """What is known of a dataset; `offset` in the HDF5 file is that of values that are plain and in one piece."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int | None
+    is_plain: bool  # elements are in our byte order, and as long as we take them to be
+
+
+def _list_datasets(h5: Any) -> dict[str, _Dataset]:  # of h5py
     """Returns the datasets by path. Only what lies in the file itself: no link leads out of it."""
     import h5py
 
-    found: dict[str, Any] = {}
+    found: dict[str, _Dataset] = {}
 
     def visit(group: Any, prefix: str) -> None:
         for name in group:
@@ -242,8 +272,7 @@ def _list_datasets(h5: Any) -> dict[str, Any]:  # of h5py
             if isinstance(value, h5py.Group):
                 visit(value, f"{prefix}{name}/")
             else:
-                _check_dataset(f"{prefix}{name}", value)
-                found[f"{prefix}{name}"] = value
+                found[f"{prefix}{name}"] = _describe(f"{prefix}{name}", value)
 
     visit(h5, "")
     return found
@@ -260,6 +289,9 @@ def _refuse_bomb(name: str, declared_bytes: int, stored_bytes: int) -> None:
         raise UnsupportedFormat(f"{name} declares {declared_bytes:,} bytes, but stores {stored_bytes:,}")
 
 
-def _describe(name: str, dataset: Any) -> StoredLeaf:  # of h5py
-    dtype = dataset.attrs.get("dtype", dataset.dtype.name)
-    return StoredLeaf(tuple(name.split("/")), tuple(dataset.shape), str(dtype))
+def _describe(name: str, dataset: Any) -> _Dataset:  # of h5py
+    _check_dataset(name, dataset)
+    dtype = str(dataset.attrs.get("dtype", dataset.dtype.name))
+    is_plain = bool(dataset.dtype.isnative) and dataset.dtype.itemsize == as_dtype(dtype).itemsize
+    offset = dataset.id.get_offset() if is_plain else None
+    return _Dataset(tuple(dataset.shape), dtype, None if offset is None else int(offset), is_plain)
