@@ -140,8 +140,40 @@ def test_a_keras_archive_is_checked_by_its_own_checksums(tmp_path: Path) -> None
 
 
 def test_a_file_without_checksums_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.weights.h5").write_bytes(b"\x89HDF")
-    assert offstep.verify(tmp_path / "model.weights.h5").unchecked == ("model.weights.h5",)
+    path = tmp_path / "model.weights.h5"
+    keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)]).save_weights(path)
+    report = offstep.verify(path)
+    assert report.ok
+    assert report.unchecked == ("model.weights.h5",)
+
+
+def test_a_weights_file_without_its_end_is_damaged_whoever_wrote_it(tmp_path: Path) -> None:
+    """One of ours loses its manifest with its end, and passed for one that never had any."""
+    model = keras.Sequential([keras.layers.Input((300,)), keras.layers.Dense(20)])
+    model.compile("sgd", "mse")
+    callback = offstep.ModelCheckpoint(tmp_path / "ours.weights.h5", save_weights_only=True)
+    model.fit(np.zeros((2, 300)), np.zeros((2, 20)), callbacks=[callback], verbose=0)
+    model.save_weights(tmp_path / "stock.weights.h5")
+    for path in (tmp_path / "ours.weights.h5", tmp_path / "stock.weights.h5"):
+        assert offstep.verify(path).ok
+        content = path.read_bytes()
+        for size in (0, 4, 100, len(content) // 2):
+            path.write_bytes(content[:size])
+            [problem] = offstep.verify(path).problems
+            assert (problem.where, problem.expected) == (path.name, "a whole HDF5 file"), size
+
+
+@pytest.mark.parametrize("offset", [-1, -8, -9, -16])
+def test_a_damaged_mark_or_length_of_a_manifest_is_told(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "ours.weights.h5"
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    callback = offstep.ModelCheckpoint(path, save_weights_only=True)
+    model.fit(np.zeros((2, 3)), np.zeros((2, 2)), callbacks=[callback], verbose=0)
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    assert not offstep.verify(path).ok
 
 
 def test_where_there_is_no_checkpoint_there_is_nothing_to_verify(tmp_path: Path) -> None:

@@ -281,8 +281,16 @@ def _verify_file(path: Path) -> VerifyReport:
     elif written is not None and file_manifest.covers(written.files):
         _check_covered(path, written, findings)
     elif not findings.problems:
-        findings.unchecked.append(path.name)
+        _check_uncovered(path, findings)
     return findings.report(path)
+
+
+def _check_uncovered(path: Path, findings: _Findings) -> None:
+    fault = file_manifest.find_fault(path)
+    if fault is None:
+        findings.unchecked.append(path.name)
+    else:
+        findings.problems.append(Problem(path.name, "a whole HDF5 file", fault))
 
 
 def _check_covered(path: Path, written: Manifest, findings: _Findings) -> None:

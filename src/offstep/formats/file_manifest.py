@@ -23,6 +23,7 @@ from offstep.stores.path import Readable, StorePath
 _BLOCK_BYTES = 8 << 20
 _FOOTER = struct.Struct("<Q8s")
 _MARK = b"offstep\x01"
+_SUPERBLOCK = struct.Struct("<8sB4xB26xQ")  # signature, version, size of offsets, end of the file
 _ARCHIVE_END, _ARCHIVE_END_BYTES = b"PK\x05\x06", 22  # of a ZIP archive, before its comment
 _TAIL_BYTES = 1 << 17  # of an object in a store: enough for most manifests, and its whole size nobody tells
 _MOST_COMMENT_BYTES = 65_535
@@ -91,6 +92,36 @@ def find_text(tail: bytes) -> bytes:
 def covers(files: Mapping[str, FileRecord]) -> bool:
     """Returns whether the records of a manifest have a checksum of the HDF5 file that it follows."""
     return len(files) == 1 and all(record.crc32c is not None for record in files.values())
+
+
+def find_fault(path: Path) -> str | None:
+    """Says what is wrong with an HDF5 file that has no manifest, as far as its metadata tell.
+
+    One of ours whose manifest was damaged ends in what is neither HDF5 nor a manifest; one that was cut short is
+    shorter than it says.
+    """
+    import h5py  # only files without a checksum need it
+
+    try:
+        with h5py.File(path, "r"):
+            pass
+    except OSError as error:
+        return str(error)
+    with path.open("rb") as file:
+        head = file.read(_SUPERBLOCK.size)
+        beyond_bytes = file.seek(0, 2) - _read_end(head)
+    return f"{beyond_bytes} bytes after its end that are no manifest" if _read_end(head) and beyond_bytes else None
+
+
+def _read_end(head: bytes) -> int:
+    """Returns where an HDF5 file says that it ends; 0 for versions of the format that we do not write.
+
+    https://docs.hdfgroup.org/archive/support/HDF5/doc/H5.format.html, III.A
+    """
+    if len(head) < _SUPERBLOCK.size:
+        return 0
+    signature, version, offset_bytes, end = _SUPERBLOCK.unpack(head)
+    return int(end) if (signature, version, offset_bytes) == (b"\x89HDF\r\n\x1a\n", 0, 8) else 0
 
 
 def check(path: Path, files: Mapping[str, FileRecord]) -> Problem | None:
