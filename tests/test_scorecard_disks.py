@@ -94,3 +94,12 @@ def test_nothing_that_was_durable_is_lost_in_trouble_and_the_rest_is_told(
 ) -> None:
     tally = keep_score(tmp_path, scenario, peer, trials=3)
     assert tally["survived"] == tally["trials"], tally
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@OURS
+@pytest.mark.parametrize("scenario", ["flipped_bit_verify", "cut_short_verify"])
+def test_damage_is_found_by_verify_or_does_no_harm(tmp_path: Path, scenario: str, peer: str) -> None:
+    tally = keep_score(tmp_path, scenario, peer, trials=200)
+    assert tally["survived"] == tally["trials"], tally

@@ -131,6 +131,12 @@ class Bench:
             self._verifiers[peer.name] = Verifier(self.bear("verifier", {}))
         return self._verifiers[peer.name].look(peer, directory, shape or Shape(), only_newest=only_newest)
 
+    def forget_verifier(self, peer: Peer) -> None:
+        """Ends the verifier of a peer, if it still lives; the next question goes to a fresh one."""
+        verifier = self._verifiers.pop(peer.name)
+        kill(verifier.pid)
+        verifier.close()
+
     @contextmanager
     def served_by(self, pid: int) -> Iterator[None]:
         """In the block this process serves the trials, as a file system does, and belongs to none of them."""
