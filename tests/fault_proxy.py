@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import socketserver
 import struct
@@ -145,6 +146,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _refuse(self, status: int, code: str) -> None:
+        if "storage/v1/" in self.path:  # Google's
+            text = json.dumps({"error": {"code": status, "message": "as told"}})
+            self._send(status, [("Content-Type", "application/json")], text.encode())
+            return
         text = f"<Error><Code>{code}</Code><Message>as told</Message><AWSAccessKeyId>KEY</AWSAccessKeyId></Error>"
         self._send(status, [("Content-Type", "application/xml")], text.encode())
 

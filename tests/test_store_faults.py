@@ -107,6 +107,12 @@ def test_a_commit_whose_acknowledgements_are_all_lost_is_read_back(proxy: Proxy,
     assert {outcome for method, path, outcome in proxy.seen if is_marker(method, path)} == {"lost"}
 
 
+def test_a_store_that_refuses_is_not_taken_for_an_empty_one(proxy: Proxy, store: Server, run: str) -> None:
+    proxy.fail("403")
+    with pytest.raises(PermissionError, match="the store refuses access"):
+        offstep.latest(through(proxy, store, run))
+
+
 def test_training_goes_on_while_a_store_says_nothing(proxy: Proxy, store: Server, run: str) -> None:
     proxy.fail("black_hole")
     address = through(proxy, store, run)

@@ -20,6 +20,7 @@ from offstep.keras_resume import Resumption
 from offstep.observation import Observer, OnDurable
 from offstep.options import Mode, OnBusy, OnError, Options
 from offstep.preemption import Preemption
+from offstep.tiers import make_tiers
 
 _REMEMBERED = (
     "best",
@@ -93,6 +94,11 @@ class ModelCheckpoint(HookedCheckpoint):
         memory_linger: How long the writer waits with it for that run: a time such as `"10min"`, or seconds.
         on_durable: Called with the `SaveStats` of each save that has become durable, on the training thread, which it
             holds up: hand long work (an upload) to a thread of your own, and keep the checkpoint until that is done.
+        local: A directory of this machine that each step goes to first, where `filepath` is the address of the steps in
+            a store. A step is durable, and a save done, once it is there; the writer then copies steps from there into
+            the store while training goes on, the newest first where the store is slower than the saves.
+        upload_every: With `local`, each how many saves one is copied into the store; 1 unless given.
+        local_max_to_keep: How many of the newest steps stay in `local`; `max_to_keep` is for the store then.
         event_log: A file, `"offstep-events.jsonl"` say, to which a line of JSON is appended for each snapshot and what
             became of it.
 
@@ -138,6 +144,9 @@ class ModelCheckpoint(HookedCheckpoint):
         save_on_preemption: bool = False,
         preemption_seconds: float = 25.0,
         memory_every: int | None = None,
+        local: str | os.PathLike[str] | None = None,
+        upload_every: int | None = None,
+        local_max_to_keep: int | None = None,
         memory_linger: str | float = "10min",
         on_durable: OnDurable | None = None,
         event_log: str | os.PathLike[str] | None = None,
@@ -157,7 +166,10 @@ class ModelCheckpoint(HookedCheckpoint):
             clock=clock,
         )
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
-        self._max_to_keep, self._keep_best, self._keep_every = max_to_keep, keep_best or 1, keep_every
+        retention.check_counts(max_to_keep=local_max_to_keep, keep_best=None, keep_every=None)
+        filepath, self._second_tier = make_tiers(os.fspath(filepath), local, upload_every, max_to_keep)
+        own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
+        self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
         self.filepath = filepath
         if self._destination.is_file:
             Stock(self._destination.plain, save_weights_only=save_weights_only)  # its checks, in its words

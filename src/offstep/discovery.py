@@ -100,6 +100,52 @@ def open_newest(path: Readable, *, verify: Verify) -> Reader:
     return reader
 
 
+def place_tiers(path: catalog.Root, local: os.PathLike[str] | str | None) -> list[Readable]:
+    """Returns where steps are looked for: the local tier first, if there is one."""
+    return [*([] if local is None else [open_place(local)]), open_place(path)]
+
+
+def open_newest_of(places: Sequence[Readable], *, verify: Verify) -> Reader:
+    """Opens the newest valid checkpoint of several directories of steps; of equal steps that of the first.
+
+    Of one place, it may be any that `open_newest` takes. A place that cannot be asked is passed over with a warning.
+
+    Raises:
+        CheckpointNotFound: there is nothing, or nothing valid.
+        OSError: no place can be asked.
+    """
+    if len(places) == 1:
+        return open_newest(places[0], verify=verify)
+    for path in list_newest_of(places):
+        try:
+            return _open_checked(path, verify)
+        except (CheckpointDamaged, UnsupportedFormat) as error:
+            warnings.warn(f"{path} is passed over: {error}", RuntimeWarning, stacklevel=3)
+    raise CheckpointNotFound(f"neither {' nor '.join(map(str, places))} holds a valid step")
+
+
+def list_newest_of(places: Sequence[Readable]) -> list[Readable]:
+    """Returns the steps of several directories, the newest first; of equal steps that of the first directory.
+
+    Raises:
+        OSError: no place can be asked.
+    """
+    found: list[tuple[int, int, Readable]] = []
+    failures: list[OSError] = []
+    for rank, place in enumerate(places):
+        try:
+            found += [(-int(path.name), rank, path) for path in list_checkpoints(place) if path.name.isdecimal()]
+        except OSError as error:
+            failures.append(error)
+    if failures and not found:
+        raise failures[0]
+    for failure in failures:
+        warnings.warn(
+            f"it is not known what is newest, one place cannot be asked: {failure}", RuntimeWarning, stacklevel=3
+        )
+    return [path for _, _, path in sorted(found, key=lambda entry: entry[:2])]
+
+
 def latest(directory: catalog.Root, *, verify: bool = False) -> Readable | None:
     """Returns the newest valid checkpoint of a directory, whatever its format; `None` where there is none.
 

@@ -194,7 +194,7 @@ class Engine:
         self._save_kept()
         if self._opened is not None:
             self._collect(self._opened)
-        if not self._reports.pending:
+        if not self._reports.pending and not self._reports.uploading:
             self.close()
         return self._opened is None
 
@@ -217,7 +217,7 @@ class Engine:
 
     def describe_unfinished(self) -> str:
         """Says what becomes of the saves that are still pending when nobody waits for them any longer."""
-        count = len(self._reports.pending)
+        count = len(self._reports.pending) + len(self._reports.uploading)
         opened = self._opened
         is_lost = opened is None or opened.writer.in_process or opened.fetcher is not None or opened.joint is not None
         fate = "may be lost" if is_lost else "are left to the writer process"
@@ -391,7 +391,7 @@ class Engine:
         Raises:
             SaveFailed: an earlier save failed; each failure is raised once.
         """
-        if self._reports.pending and self._opened is not None:
+        if (self._reports.pending or self._reports.uploading) and self._opened is not None:
             self._collect(self._opened)
         lifecycle.close_abandoned()
         self.raise_failures()
@@ -420,7 +420,15 @@ class Engine:
         for pending in self._reports.pending:
             if not self._wait(pending, None if deadline is None else max(0.0, deadline - time.monotonic())):
                 return False
-        return True
+        return self._wait_for_uploads(deadline)
+
+    def _wait_for_uploads(self, deadline: float | None) -> bool:
+        while self._reports.uploading and self._opened is not None:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._advance(remaining, until=lambda: not self._reports.uploading)
+            if remaining == 0:
+                break
+        return not self._reports.uploading
 
     def wait_for(self, pending: PendingSave, timeout: float | None) -> None:
         """Waits until one save is durable, and raises what `PendingSave.wait` raises."""

@@ -47,7 +47,8 @@ class HookedCheckpoint(SavingCheckpoint):
         self._dispatch.begin_training()
         self._begin()
         if self._resumption is not None:
-            self._resumption.begin(self._model, self.filepath)
+            upload = None if self._second_tier is None else str(self._second_tier.address)
+            self._resumption.begin(self._model, self.filepath, upload)
             self._correct_steps()
         self._watch()
 

@@ -19,6 +19,7 @@ import keras
 
 from offstep import attachments, catalog, keras_random, keras_state, memory_tier, policy
 from offstep.attachments import Attachment, Value
+from offstep.discovery import list_newest_of, place_tiers
 from offstep.errors import CheckpointNotFound, StructureMismatch
 from offstep.formats.slot_reader import SlotReader
 from offstep.keras_callback_state import CallbackStates
@@ -101,12 +102,13 @@ class Resumption:
 
     # -------------------------------------------------------------------------------------------------- reading
 
-    def begin(self, model: Model, filepath: str) -> None:
+    def begin(self, model: Model, filepath: str, upload: str | None = None) -> None:
         """Reads the newest checkpoint that can be read, in `on_train_begin`.
 
         Args:
             model: The model, built.
             filepath: Template of the checkpoints' paths.
+            upload: Address of the steps in a store into which some of them were copied.
 
         Raises:
             ValueError: another callback of the `fit` resumes it already.
@@ -122,6 +124,9 @@ class Resumption:
                 f"resume=True. Received: a second one, {type(self.owner).__name__}"
             )
         checkpoints = find_checkpoints(filepath)
+        if upload is not None:
+            root, _ = policy.split_target(policy.Template(filepath))
+            checkpoints = list_newest_of(place_tiers(upload, root.format({})))
         self._found = self._read_inherited(filepath, checkpoints) or self._read_newest(checkpoints)
         if self._fit is not None:
             AfterAll(self._fit.callbacks, self._begin_after_all)

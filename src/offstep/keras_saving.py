@@ -26,6 +26,7 @@ from offstep.pending import PendingSave
 from offstep.preemption import Preemption
 from offstep.records import SaveStats, Target
 from offstep.reports import Counts
+from offstep.tiers import SecondTier
 
 VERSIONS = {"keras": keras.__version__, "jax": version("jax")}
 """Those in every manifest; read once, since it takes longer than a small snapshot."""
@@ -40,6 +41,7 @@ class SavingCheckpoint(DecidingCheckpoint):
     _engine: Engine
     _observer: Observer
     _destination: Destination
+    _second_tier: SecondTier | None
     _keep_best: int
     _keep_every: int | None
     _skip_unchanged: bool
@@ -140,10 +142,11 @@ class SavingCheckpoint(DecidingCheckpoint):
             return
         self._destination.refuse_directory(filepath)
         arrays = self._live_arrays()
+        place = self._place(filepath, epoch, batch, logs)
         pending = self._engine.save(
             arrays,
             self._steps.current,
-            self._place(filepath, epoch, batch, logs),
+            place if self._second_tier is None else self._second_tier.extend(place),
             step_leaf=self._iteration_index,
             step_divisor=self._steps.divisor,
             manifest=_describe_moment(epoch, batch, logs),
@@ -161,6 +164,8 @@ class SavingCheckpoint(DecidingCheckpoint):
         self._kept_at = self._steps.counted
         self._tell_if_step_stays(pending)
         self._destination.remember(pending)
+        if self._second_tier is not None:
+            self._second_tier.count()
         self._observer.follow(pending)
         if self._frequency is not None:
             self._frequency.note_call(pending.stats.call_seconds, pending.stats.compute_seconds)

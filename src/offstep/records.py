@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from offstep.stores.address import Place
+from offstep.stores.address import Address, Place
 
 PathKey = str | int
 """One step of a leaf's path: a `str` is a dict key, an `int` a sequence index."""
@@ -156,6 +156,8 @@ class Target:
         replace_all: Whether all other steps of the root go.
         file: The checkpoint itself, where it is a single file.
         siblings: Other files that `keep` counts, oldest first.
+        upload: Address of the steps in a store to which the checkpoint is copied once it is durable; `None` for none.
+        upload_keep: How many of the newest steps stay there; `None` keeps all.
     """
 
     base: Place
@@ -165,6 +167,8 @@ class Target:
     replace_all: bool = False
     file: Place | None = None
     siblings: tuple[str, ...] = ()
+    upload: Address | None = None
+    upload_keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class Job:
         retry_seconds: How long to try again after a failure that may pass; how long a store may fail altogether.
         private: Nobody but the owner may read the checkpoint.
         shares: What each process has written, where several make one checkpoint: see `formats.orbax_merged`.
+        source: Directory of the durable step to copy, for the format `upload`.
     """
 
     number: int
@@ -215,6 +220,7 @@ class Job:
     retry_seconds: float = 0.0
     private: bool = False
     shares: tuple[dict[str, Any], ...] = ()  # JSON
+    source: str = ""
 
 
 @dataclass(frozen=True)

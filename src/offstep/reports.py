@@ -20,12 +20,13 @@ _COSTS = ("cpu_seconds", "written_bytes", "write_seconds", "retire_seconds")
 
 @dataclass
 class Counts:
-    """How many saves there were."""
+    """How many saves there were; `uploaded` are those copied from the first of two tiers into the second."""
 
     requested: int = 0
     durable: int = 0
     failed: int = 0
     skipped: int = 0
+    uploaded: int = 0
 
 
 class Reports:
@@ -38,6 +39,7 @@ class Reports:
         self.counts = Counts()
         self._on_error = on_error
         self._pending: dict[int, PendingSave] = {}  # by job number
+        self._uploads: dict[int, str] = {}  # by job number
         self._failures: deque[SaveFailed] = deque()
         self._remarks: deque[Warning] = deque()  # what is no failure
         self._recent: deque[PendingSave] = deque(maxlen=_KEPT_STATS)
@@ -57,6 +59,28 @@ class Reports:
     def pending_numbers(self) -> list[int]:
         """Their job numbers."""
         return list(self._pending)
+
+    @property
+    def uploading(self) -> list[str]:
+        """Where in a store copies are still to be made, oldest first."""
+        return list(self._uploads.values())
+
+    def expect_upload(self, number: int, address: str) -> None:
+        """Adds a copy into a store whose outcome will come."""
+        self._uploads[number] = address
+
+    def take_in_upload(self, number: int, step: int, outcome: Outcome) -> None:
+        """Notes the outcome of a copy into a store; one that a newer copy took the place of is none that failed."""
+        address = self._uploads.pop(number)
+        if "withdrawn" in outcome:
+            return
+        if "error" in outcome:
+            text = f"step {step} is durable, but was not copied to {address}: {outcome['error']}"
+            code = outcome.get("errno")
+            self._failures.append(SaveFailed(text) if code is None else SaveFailed(code, text))
+            return
+        self.counts.uploaded += 1
+        self._remarks += map(RuntimeWarning, outcome.get("remarks", ()))
 
     @property
     def has_untold(self) -> bool:
@@ -151,6 +175,7 @@ class Reports:
         for pending in self._pending.values():
             pending.disown()
         self._pending.clear()
+        self._uploads.clear()
         self._failures.clear()
 
 

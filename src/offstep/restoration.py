@@ -16,7 +16,7 @@ import numpy as np
 
 from offstep import leaf_paths
 from offstep.attachments import Value, read_extra
-from offstep.discovery import READ_THREADS, open_newest
+from offstep.discovery import READ_THREADS, open_newest, open_newest_of, place_tiers
 from offstep.errors import StructureMismatch
 from offstep.matching import (
     OPTIMIZER_GROUP,
@@ -90,6 +90,7 @@ def restore(
     strict: bool = True,
     cast: bool = False,
     threads: int = READ_THREADS,
+    local: str | os.PathLike[str] | None = None,
 ) -> RestoreReport:
     """Reads a checkpoint straight into the devices' memory, checking every checksum that there is.
 
@@ -112,6 +113,7 @@ def restore(
             generators never are, nor groups that the checkpoint or the model does not have at all.
         cast: Convert dtypes that differ.
         threads: Threads that read.
+        local: Directory of steps of which some were copied to `path`: the newest valid step of both is taken.
 
     Raises:
         StructureMismatch: checkpoint and target do not agree. Nothing has been changed.
@@ -129,7 +131,7 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with closing(open_newest(open_place(path), verify="fast")) as reader:
+    with closing(open_newest_of(place_tiers(path, local), verify="fast")) as reader:
         return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
 
 

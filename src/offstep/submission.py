@@ -15,11 +15,12 @@ from offstep.joint_commit import JointCommits
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
-from offstep.records import Job, Target
+from offstep.records import NO_SLOT, Job, Target
 from offstep.rendering import Rendering, make_image, read_arrays
 from offstep.reports import Outcome, Reports
 from offstep.retention import Ranking
 from offstep.snapshot import Array, Snapshotter
+from offstep.stores.address import Address
 from offstep.writer import Writer
 
 OnDurable = Callable[[PendingSave], None]
@@ -166,6 +167,27 @@ class Submitter:
                 _drop_image(work, image)
             raise
         work.pending.mark_submitted()
+        if target.upload is not None:
+            self._submit_upload(work, job, target, target.upload)
+
+    def _submit_upload(self, work: Work, job: Job, target: Target, address: Address) -> None:
+        """Has the writer copy the step once it is durable; it need not hear of this again if we die."""
+        number = work.opened.writer.next_job_number()
+        upload = replace(
+            job,
+            number=number,
+            format="upload",
+            slot=NO_SLOT,
+            source=job.target,
+            target=str(address / str(job.step)),
+            base=str(address),
+            root=str(address),
+            keep=target.upload_keep,
+            replace_all=False,
+            lock=None,
+        )
+        self._reports.expect_upload(number, upload.target)
+        work.opened.writer.submit(upload, lambda outcome: self._reports.take_in_upload(number, job.step, outcome))
 
     def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
         if image is not None:

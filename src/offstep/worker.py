@@ -35,6 +35,7 @@ from offstep.retention import Kept, Ranking
 from offstep.retry import retry
 from offstep.stores.address import is_address
 from offstep.stores.path import Readable, StorePath, open_place
+from offstep.uploading import Uploader
 from offstep.wire import Channel, Message
 
 PROCESS_NICENESS = 5
@@ -56,6 +57,7 @@ class _Holdings:
     locks: dict[int, tuple[Path, int]] = field(default_factory=dict)
     roots: set[str] = field(default_factory=set)
     census: catalog.Census = field(default_factory=catalog.Census)
+    uploader: Uploader | None = None
 
 
 def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
@@ -65,12 +67,21 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
         channel: The writer's end of the pipe.
         local_slots: Slots by number, where trainer and writer share one process.
     """
-    holdings = _Holdings()
+    stored = catalog.Census()  # of the thread that uploads
+    telling = threading.Lock()
+
+    def tell(message: Message) -> None:
+        with telling:
+            _answer(channel, message)
+
+    uploader = Uploader(lambda job: _upload(job, stored), tell)
+    holdings = _Holdings(uploader=uploader)
     inbox = Inbox(channel)
     while (message := inbox.next()) is not None:
         answer = _handle(message, holdings, local_slots)
         if answer is not None:
-            _answer(channel, answer)
+            tell(answer)
+    uploader.finish()
     channel.close()
     kept = inbox.kept.values() if local_slots is None else ()  # a thread dies with the trainer
     survivors = [_rescue(message, holdings) for message in kept]
@@ -137,6 +148,9 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             os.close(holdings.plan_texts.pop(message["plan"]))
         case "save":
             job = Job(**message["job"])
+            if job.format == "upload" and holdings.uploader is not None:
+                holdings.uploader.add(job)
+                return None
             claim = holdings.claims.get(job.slot)
             try:
                 # Else the trainer has taken it back.
@@ -194,11 +208,7 @@ def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.
         plan, slot = holdings.plans[job.plan], _NOTHING if job.slot == NO_SLOT else holdings.slots[job.slot]
         written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
-        code = error.errno if isinstance(error, OSError) else None
-        if code is None:
-            traceback.print_exc()  # not the disk's fault, so ours
-        text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-        return {"job": job.number, "error": text, "errno": code}
+        return _describe_failure(job, error)
     if remark is not None:
         remarks.append(f"step {job.step} is durable, but {remark}")
     durable_at = time.monotonic()
@@ -213,10 +223,34 @@ def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.
         "retired": retired,
     }
     try:
-        retired.extend(map(str, _retire(job, holdings.census)))  # what went before an error is in it too
+        busy = holdings.uploader.sources if holdings.uploader is not None else frozenset()
+        retired.extend(map(str, _retire(job, holdings.census, busy)))  # what went before an error is in it too
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
     return answer | {"retire_seconds": time.monotonic() - durable_at}
+
+
+def _describe_failure(job: Job, error: Exception) -> Message:
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        traceback.print_exc()  # not the disk's fault, so ours
+    text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    return {"job": job.number, "error": text, "errno": code}
+
+
+def _upload(job: Job, census: catalog.Census) -> Message:
+    """Copies a durable step into a store, on the uploader's thread; one whose save failed is not there to be copied."""
+    try:
+        written_bytes = FORMATS[job.format].write(job, None, _NOTHING, {})
+    except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
+        is_gone = not Path(job.source).is_dir()
+        return {"job": job.number, "withdrawn": True} if is_gone else _describe_failure(job, error)
+    answer: Message = {"job": job.number, "durable_at": time.monotonic(), "written_bytes": written_bytes, "remarks": []}
+    try:
+        answer["retired"] = list(map(str, _retire(job, census)))
+    except OSError as error:
+        answer["remarks"] = [f"older checkpoints of {job.root} could not be deleted: {error}"]
+    return answer
 
 
 def _check_lock(job: Job, holdings: _Holdings) -> None:
@@ -251,8 +285,8 @@ def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, m
     return FORMATS[job.format].write(job, prepared, slot, attachments)
 
 
-def _retire(job: Job, census: catalog.Census) -> Iterator[Readable]:
-    """Removes what may go, and yields each of it once it is gone."""
+def _retire(job: Job, census: catalog.Census, busy: frozenset[str] = frozenset()) -> Iterator[Readable]:
+    """Removes what may go, and yields each of it once it is gone; what is `busy` may go the next time."""
     if FORMATS[job.format].is_file:
         yield from _retire_files(job)
         return
@@ -272,6 +306,8 @@ def _retire(job: Job, census: catalog.Census) -> Iterator[Readable]:
         keep_every=ranking.keep_every,
         mode=ranking.mode,
     ):
+        if str(root / str(step)) in busy:
+            continue
         _remove(root / str(step))
         yield root / str(step)
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offstep.formats import keras_archive, keras_weights, orbax_merged, orbax_share, orbax_step, whole_file
+from offstep.formats import (
+    keras_archive,
+    keras_weights,
+    orbax_merged,
+    orbax_share,
+    orbax_step,
+    orbax_upload,
+    whole_file,
+)
 from offstep.records import Job, Leaf, PathKey, Plan
 
 
@@ -46,5 +54,6 @@ FORMATS = {
     "orbax_merged": Format(orbax_step.place, orbax_merged.prepare, orbax_merged.write),
     "keras_weights": Format(keras_weights.place, keras_weights.prepare, _alone(keras_weights.write), is_file=True),
     "keras_archive": Format(keras_weights.place, keras_archive.prepare, _alone(keras_archive.write), is_file=True),
+    "upload": Format(orbax_step.place, whole_file.prepare, orbax_upload.write),
     "whole_file": Format(keras_weights.place, whole_file.prepare, _alone(whole_file.write), is_file=True),
 }

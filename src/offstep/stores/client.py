@@ -140,6 +140,8 @@ class Store:
 
         keys = ts.KvStore.KeyRange(prefix, _end_of(prefix))
         found = self._ask(prefix, "listed", lambda: self._kvstore.list(keys))
+        if not found and self._bucket.scheme == "gs":
+            self.get(f"{prefix}-")  # TensorStore takes a refusal to list for an empty list, but none to read
         return sorted(bytes(key).decode() for key in found)
 
     def put_all(self, objects: Mapping[str, Callable[[], bytes]]) -> None:
