@@ -15,7 +15,7 @@ import pytest
 from jax import monitoring
 from runs import BATCHES, fit, make_data, make_model
 
-from offstep import ModelCheckpoint, SaveStats
+from offstep import BackupAndRestore, ModelCheckpoint, SaveStats
 from offstep.event_log import EventLog
 from offstep.observation import DURABLE_EVENT, STALL_EVENT, WRITE_EVENT
 
@@ -84,6 +84,15 @@ def test_every_batch_is_in_the_log(others: list[Any], tmp_path: Path) -> None:
     assert all(began <= ended for began, ended in [*before, last])
     stall = sum(event["stall_seconds"] for event in events if event["event"] == "snapshot")
     assert stall == pytest.approx(sum(stats.stall_seconds for stats in callback.stats), abs=1e-4)
+
+
+def test_backups_are_logged_too(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    callback = BackupAndRestore(tmp_path / "backup", save_freq=3, event_log=log, in_process=True)
+    fit(make_model(run_eagerly=True), [callback], epochs=1)
+    events = read_events(log)
+    assert [event["step"] for event in events if event["event"] == "durable"] == [3, 6]
+    assert events[-1]["event"] == "end"
 
 
 def test_the_log_says_what_went_for_each_save(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         in_process: bool = False,
         retry_seconds: float = 30.0,
         takeover: bool = False,
+        event_log: str | os.PathLike[str] | None = None,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
         _check(backup_dir, save_freq)
@@ -94,6 +95,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
             takeover=takeover,
             memory_every=memory_every,
             memory_linger=memory_linger,
+            event_log=event_log,
             resume=True,
         )
         self._saver.resume_for(self, mid_epoch=mid_epoch)

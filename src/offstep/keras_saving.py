@@ -137,6 +137,7 @@ class SavingCheckpoint(DecidingCheckpoint):
         compute_seconds = time.monotonic() - before
         filepath = self._get_file_path(epoch, batch, logs)
         best: Any = self.best  # a number of Keras, or None
+        self._observer.hide()  # Keras may print
         if not self._should_save_model(epoch, batch, logs, filepath):
             self._get_ready()
             return

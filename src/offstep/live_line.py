@@ -56,7 +56,9 @@ class LiveLine:
 
 
 class NotebookLine:
-    """The same in a notebook, as an output of its own.
+    """The same in a notebook, as an output of its own, empty at first.
+
+    Open it before Keras draws its bar: what is printed after another output is a new one, where no bar can be redrawn.
 
     Args:
         display: The module `IPython.display`.
@@ -64,8 +66,9 @@ class NotebookLine:
     """
 
     def __init__(self, display: Any, clock: Callable[[], float] = time.monotonic) -> None:  # IPython may be missing
-        self._display, self._clock = display, clock
-        self._handle: Any = None  # IPython's
+        self._clock = clock
+        self._is_shown = False
+        self._handle = display.display({"text/plain": ""}, raw=True, display_id=True)
         self._shown_at = -_SHORTEST_SECONDS
 
     def show(self, text: str) -> None:
@@ -73,19 +76,14 @@ class NotebookLine:
         now = self._clock()
         if now - self._shown_at < _SHORTEST_SECONDS:
             return
-        self._shown_at = now
-        self._put(text)
+        self._shown_at, self._is_shown = now, True
+        self._handle.update({"text/plain": text}, raw=True)
 
     def hide(self) -> None:
         """Empties the output, which stays where it is for the next text."""
-        if self._handle is not None:
-            self._put("")
-
-    def _put(self, text: str) -> None:
-        if self._handle is None:
-            self._handle = self._display.display({"text/plain": text}, raw=True, display_id=True)
-        else:
-            self._handle.update({"text/plain": text}, raw=True)
+        if self._is_shown:
+            self._is_shown = False
+            self._handle.update({"text/plain": ""}, raw=True)
 
 
 def open_line() -> LiveLine | NotebookLine | None:

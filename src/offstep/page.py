@@ -125,7 +125,7 @@ def _describe_change(inflation: Inflation) -> tuple[str, str]:
     change, chance = inflation.ratio - 1, show_share(inflation.error)
     if abs(change) <= inflation.error:
         return "none", f"or below {chance}"
-    return f"{'+' if change > 0 else MINUS}{show_share(abs(change))}", f"while writing, \N{PLUS-MINUS SIGN} {chance}"
+    return f"{'+' if change > 0 else MINUS}{show_share(abs(change))}", f"\N{PLUS-MINUS SIGN} {chance}"
 
 
 def _describe_outcomes(run: Run) -> str:
