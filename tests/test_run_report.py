@@ -116,6 +116,14 @@ def test_a_file_of_others_is_replaced_only_by_force(tmp_path: Path) -> None:
         assert offstep(*arguments).code == OK  # now it is one of ours
 
 
+def test_a_place_where_no_file_can_be(tmp_path: Path) -> None:
+    log = make_run(2).write(tmp_path / "log")
+    run = offstep("report", log, tmp_path, "--force")
+    assert (run.code, run.err) == (REFUSED, f"offstep: a directory is where the file shall go: {tmp_path}\n")
+    run = offstep("report", log, tmp_path / "absent/r.html")
+    assert (run.code, run.err) == (REFUSED, f"offstep: there is no such directory: {tmp_path}/absent\n")
+
+
 def test_the_trace_is_one_that_perfetto_takes(real_log: Path, tmp_path: Path) -> None:
     offstep("report", real_log, tmp_path / "r.html", "--trace", tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]

@@ -112,7 +112,11 @@ def _choose(history: History, name: str | None) -> Run:
 
 
 def _refuse_other(target: Path, mark: str, *, force: bool) -> None:
-    """Raises an error where something lies that is no earlier result of ours."""
+    """Raises an error where nothing can be written, or something lies that is no earlier result of ours."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory is where the file shall go", str(target))
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(target.parent))
     if force or not os.path.lexists(target):
         return
     if target.is_file():
