@@ -61,6 +61,14 @@ def judge_hanging(trial: Callable[[], Verdict]) -> Verdict:
         return judge_accident(error)
 
 
+def judge_alone(bench: Bench, trial: Callable[[], Verdict]) -> Verdict:
+    """Runs one of several trials in one place; no process of it outlives it, even if it hung."""
+    try:
+        return judge_hanging(trial)
+    finally:
+        bench.end_all()
+
+
 def collect_scenarios() -> dict[str, Scenario]:
     """Returns all scenarios by name, in the order of their modules."""
     folder = Path(__file__).parent / "scenarios"

@@ -16,7 +16,7 @@ from model import Shape
 from oracle import Claims
 from pausing import at, paused
 from peers import Peer
-from scenario import Scenario, judge_hanging, repeat
+from scenario import Scenario, judge_alone, repeat
 from verdict import Verdict
 
 _EVERY = 5  # batches from save to save
@@ -58,9 +58,7 @@ def _train_in(bench: Bench, peer: Peer, disk: Disk, trouble: Trouble, saves: int
             stack.enter_context(trouble(bench, disk))
         trainee.hear_out(_DEADLINE_SECONDS)
         bench.settle(_DEADLINE_SECONDS)
-    verdict = bench.judge(trainee, wants_submitted=True)
-    shutil.rmtree(directory)
-    return verdict
+    return bench.judge(trainee, wants_submitted=True)
 
 
 def _make_run(
@@ -69,7 +67,8 @@ def _make_run(
     def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
         with bench.directory() as workplace, mounted(kind, workplace, inodes=inodes) as disk:
             for _ in range(count):
-                yield judge_hanging(lambda: _train_in(bench, peer, disk, trouble, saves))
+                yield judge_alone(bench, lambda: _train_in(bench, peer, disk, trouble, saves))
+                shutil.rmtree(disk.path / "run")
 
     return run
 
@@ -95,7 +94,7 @@ def _become_read_only(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]
 
     with bench.directory() as workplace, faulty_mount(bench, workplace) as disk:
         for number in range(count):
-            yield judge_hanging(lambda number=number: trial(number))
+            yield judge_alone(bench, lambda number=number: trial(number))
 
 
 def _delete_directory(bench: Bench, peer: Peer, number: int) -> Verdict:
@@ -134,7 +133,7 @@ def _save_slowly(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
 
     with bench.directory() as workplace, faulty_mount(bench, workplace) as disk:
         for number in range(count):
-            yield judge_hanging(lambda number=number: trial(number))
+            yield judge_alone(bench, lambda number=number: trial(number))
 
 
 def _hang(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
@@ -148,13 +147,12 @@ def _hang(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
             time.sleep(seconds)
         trainee.hear_out(_DEADLINE_SECONDS)
         bench.settle(_DEADLINE_SECONDS)
-        verdict = bench.judge(trainee, wants_submitted=True)
-        shutil.rmtree(directory)
-        return verdict
+        return bench.judge(trainee, wants_submitted=True)
 
     with bench.directory() as workplace, mounted("ext4", workplace) as disk:
         for seconds in _HUNG_SECONDS[:count]:
-            yield judge_hanging(lambda seconds=seconds: trial(seconds))
+            yield judge_alone(bench, lambda seconds=seconds: trial(seconds))
+            shutil.rmtree(disk.path / "run")
 
 
 SCENARIOS = (

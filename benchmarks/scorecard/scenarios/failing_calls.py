@@ -10,7 +10,7 @@ from bench import Bench
 from faulty import FaultyDisk, faulty_mount
 from pausing import at, paused
 from peers import Peer
-from scenario import Scenario, judge_hanging
+from scenario import Scenario, judge_alone
 from verdict import Verdict
 
 _KINDS = {errno.EIO: ("write", "fsync", "rename", "create"), errno.ENOSPC: ("write", "create")}
@@ -51,7 +51,7 @@ def _until_clean(bench: Bench, peer: Peer, disk: FaultyDisk, kind: str, most: in
             verdict, has_failed = fail(bench, peer, disk, kind, nth, code)
             return verdict
 
-        verdict = judge_hanging(trial)
+        verdict = judge_alone(bench, trial)
         if not has_failed:
             return
         yield verdict

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench import Bench, Trainee
 from disks import Disk, mounted, why_not_here
 from peers import ALL, PEERS, Peer
-from scenario import Scenario, judge_hanging
+from scenario import Scenario, judge_alone
 from verdict import Verdict
 
 _KINDS = ("ext4", "xfs")
@@ -46,9 +46,7 @@ def cut(bench: Bench, peer: Peer, disk: Disk, moment: Moment, keep: int | None) 
     with bench.directory() as copy:
         # The verifier must not be in the way of unmounting.
         trainee.directory = Path(shutil.copytree(directory, copy / "run", symlinks=True))
-        verdict = bench.judge(trainee)
-    shutil.rmtree(directory)
-    return verdict
+        return bench.judge(trainee)
 
 
 def right_after_durable(bench: Bench, disk: Disk, trainee: Trainee) -> None:
@@ -85,7 +83,8 @@ def _make_run(kind: str, moment: Moment, keep: int | None) -> Callable[[Bench, P
     def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
         with bench.directory() as workplace, mounted(kind, workplace, megabytes=256) as disk:
             for _ in range(count):
-                yield judge_hanging(lambda: cut(bench, peer, disk, moment, keep))
+                yield judge_alone(bench, lambda: cut(bench, peer, disk, moment, keep))
+                shutil.rmtree(disk.path / "run")
 
     return run
 
