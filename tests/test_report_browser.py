@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(find_browser() is None, reason="no browser: apt-
 WIDTHS = (1280, 390)
 
 _ROOM = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+_CUT = "[...document.querySelectorAll('.scroll')].filter(node => node.scrollWidth > node.clientWidth).length"
 _OVERLAPS = """(() => {
   const boxes = [...document.querySelectorAll("h1,h2,p,small,strong,td,th,.name,.scale,.value,.ticks span,.tile span")]
     .filter(node => node.textContent.trim() && !node.querySelector("small"))
@@ -65,6 +66,7 @@ def test_it_fits_and_can_be_read_wide_and_narrow_in_light_and_dark(reports: list
             case = f"{report.name}, {width} pixels, {theme}"
             assert browser.evaluate("innerWidth") == width, case
             assert browser.evaluate(_ROOM) == 0, f"{case}: scrolls sideways"
+            assert browser.evaluate(_CUT) == 0, f"{case}: a table is cut"
             assert browser.evaluate(_OVERLAPS) == [], case
             assert browser.evaluate(_FAINT) == [], case
             assert browser.evaluate("document.querySelectorAll('svg').length") >= 4, case

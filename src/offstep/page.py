@@ -193,7 +193,7 @@ def _make_saves(run: Run) -> str:
     verb = "is" if kept == 1 else "are"
     text = f"{show_count(len(run.saves), 'save')}, newest first; by the log, {kept:,} {verb} still there."
     text += f" These are the newest {len(shown)}." if len(shown) < len(run.saves) else ""
-    columns = ["step", "state", "after", "stall", "durable after", "-size", "-speed", "-checkpoint"]
+    columns = ["step", "state", "-after", "stall", "durable after", "-size", "-speed", "-checkpoint"]
     return make_section("Checkpoints", text, _make_table(columns, [_make_row(run, save) for save in shown]))
 
 
@@ -258,7 +258,7 @@ def _make_runs(history: History, shown: Run) -> str:
         for run in history.runs[: -_SHOWN_SAVES - 1 : -1]
     ]
     text = f"{len(history.runs):,} runs are in this log, newest first; --run NAME shows another one."
-    columns = ["run", "-began", "length", "durable", "came to its end", "-saves to"]
+    columns = ["run", "-began", "length", "durable", "ended", "-saves to"]
     return make_section("Runs", text, _make_table(columns, rows))
 
 
