@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from fault_proxy import STATUSES, Matcher, Proxy
 from object_stores import SECRETS, Server, below, list_objects, proxy, run, store, through
+from processes import find_writers
 
 import offstep
 from offstep.errors import SaveFailed
@@ -111,6 +113,41 @@ def test_a_store_that_refuses_is_not_taken_for_an_empty_one(proxy: Proxy, store:
     proxy.fail("403")
     with pytest.raises(PermissionError, match="the store refuses access"):
         offstep.latest(through(proxy, store, run))
+
+
+def test_a_writer_that_is_killed_in_the_middle_leaves_no_step_and_another_one_saves_it(
+    proxy: Proxy, store: Server, run: str
+) -> None:
+    uploading = threading.Event()
+
+    def is_first_document(method: str, path: str) -> bool:
+        if is_document(method, path):
+            uploading.set()
+        return is_document(method, path)
+
+    with offstep.Checkpointer(through(proxy, store, run)) as checkpointer:
+        proxy.fail("black_hole", is_first_document)
+        pending = checkpointer.save(1, NEW)
+        assert uploading.wait(DEADLINE_SECONDS)
+        assert offstep.latest(run) is None
+        [writer] = find_writers()
+        writer.kill()
+        proxy.heal()
+        pending.wait(DEADLINE_SECONDS)
+        assert checkpointer.all_steps() == [1]
+    assert len([name for name in list_objects(run) if "/d/" in name]) == 1, "the first attempt's data are gone"
+
+
+def test_what_dead_runs_left_goes_with_the_older_steps(store: Server, run: str) -> None:
+    with offstep.Checkpointer(run, max_to_keep=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, NEW).wait()
+        place = parse_address(run)
+        for step in (1, 5):
+            Store(place).put((place / str(step) / "pytree" / "d" / "0123").key, b"a part")
+        checkpointer.save(3, NEW).wait()
+        assert checkpointer.all_steps() == [3]
+    assert {name.partition("/")[0] for name in list_objects(run)} == {"3", "5"}, "5 may be on its way"
 
 
 def test_training_goes_on_while_a_store_says_nothing(proxy: Proxy, store: Server, run: str) -> None:

@@ -310,6 +310,8 @@ def _retire(job: Job, census: catalog.Census, busy: frozenset[str] = frozenset()
             continue
         _remove(root / str(step))
         yield root / str(step)
+    for attempt in catalog.abandoned(root, job.step):
+        _remove(attempt)
 
 
 def _remove(checkpoint: Readable) -> None:
