@@ -57,33 +57,41 @@ def insert(text: str, table: str) -> str:
 def render() -> str:
     """Returns the table, and a line that says where and how it was measured."""
     documents = _read()
-    return _HEAD + "".join(_rows(documents)) + f"\n{_describe(documents[0])}\n"
+    return _HEAD + "".join(_rows(documents)) + f"\n{_describe(documents)}\n"
 
 
 def draw_picture() -> str:
     """Returns the timeline of the first workload, as SVG."""
-    found = [workload for document in _read() for workload in document["workloads"]]
-    chosen = [workload for workload in found if workload["workload"]["name"] == _WORKLOADS[0]]
-    lanes = [lane for workload in chosen for lane in read_lanes(workload, list(_PEERS))]
-    about = chosen[0]["workload"]
+    found = _find_rows(_read(), _WORKLOADS[0])
+    lanes = [lane for peer, (workload, _) in found.items() for lane in read_lanes(workload, [peer])]
+    about = next(iter(found.values()))[0]["workload"]
     title = f"{len(lanes[0].steps)} training steps, {about['question']}, saved every {about['save_freq']} steps"
     return draw(title, lanes)
 
 
 def _read() -> list[dict[str, Any]]:  # JSON
-    return [json.loads((HERE / "results" / name).read_text()) for name in SOURCES]
+    documents = [json.loads((HERE / "results" / name).read_text()) for name in SOURCES]
+    # `run_all.py` puts what `bench_stall.py` writes into a larger document.
+    return [document.get("benchmarks", {}).get("stall", document) for document in documents]
+
+
+def _find_rows(documents: list[dict[str, Any]], name: str) -> dict[str, tuple[dict[str, Any], Row]]:
+    """Returns for each peer the workload of that name and its row; the first document that has both counts."""
+    found = {}
+    for peer in _PEERS:
+        for workload in (one for document in documents for one in document["workloads"]):
+            rows = [row for row in workload["rows"] if row["peer"] == peer]
+            if workload["workload"]["name"] == name and rows:
+                found.setdefault(peer, (workload, rows[0]))
+    return found
 
 
 def _rows(documents: list[dict[str, Any]]) -> Iterator[str]:
     for name in _WORKLOADS:
-        workloads = [found for document in documents for found in document["workloads"]]
-        chosen = [found for found in workloads if found["workload"]["name"] == name]
-        rows = {row["peer"]: row for found in chosen for row in found["rows"]}
-        shown = chosen[0]["workload"]["question"]
-        for peer, label in _PEERS.items():
-            if peer in rows:
-                yield f"| {shown} | {label} | {_figures(rows[peer])} |\n"
-                shown = ""
+        found = _find_rows(documents, name)
+        for number, (peer, (workload, row)) in enumerate(found.items()):
+            question = "" if number else workload["workload"]["question"]
+            yield f"| {question} | {_PEERS[peer]} | {_figures(row)} |\n"
 
 
 def _figures(row: Row) -> str:
@@ -95,12 +103,13 @@ def _figures(row: Row) -> str:
     return "{} | {} {} | {}, {}".format(*figures[:2], spread, figures[2], outcome)
 
 
-def _describe(document: dict[str, Any]) -> str:
-    machine = document["machine"]
+def _describe(documents: list[dict[str, Any]]) -> str:
+    machine, date = documents[0]["machine"], documents[0]["date"]
+    repeats = " or ".join(map(str, sorted({document["repeats"] for document in documents})))
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("keras", "jax", "orbax-checkpoint"))
-    place = f"{machine['cores']} cores of an {machine['cpu']}, {machine['file_system'].split(' ')[0]}"
+    place = f"{machine['cores']} cores ({machine['cpu']}), {machine['file_system'].split(' ')[0]}"
     return (
-        f"Medians of {document['repeats']} runs (lowest .. highest), {document['date']}, {place}, {versions}: "
+        f"Medians of {repeats} runs (lowest .. highest), {date}, {place}, {versions}: "
         "`python benchmarks/bench_stall.py`."
     )
 

@@ -38,6 +38,7 @@ def run_python(code: str, directory: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.timeout(300)  # two processes with Keras, on whatever else goes on
 def test_every_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = find_blocks(README)
     assert {block.language for block in blocks} == {"python", "sh"}
