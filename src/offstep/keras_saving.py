@@ -216,8 +216,11 @@ class SavingCheckpoint(DecidingCheckpoint):
 
     def _live_arrays(self) -> list[Any]:
         arrays, signature = self._read_state()
-        if signature != self._signature or not self._engine.matches(self._arrange(arrays)):
-            self._open()
+        if signature == self._signature:
+            ordered = self._arrange(arrays)
+            if self._engine.matches(ordered):
+                return ordered
+        self._open()
         return self._arrange(arrays)
 
     def _arrange(self, arrays: list[Any]) -> list[Any]:

@@ -104,14 +104,15 @@ def _live_groups(model: Model, groups: Sequence[str], as_trained: bool = False) 
     detached: Mapping[str, list[Array]] = {}
     if not hasattr(model, "_jax_state"):
         attach_values(model)
-    elif as_trained or is_detached(model):
-        detached = model._jax_state or {}
-    variables = [list_variables(model, group) for group in groups]
-    if as_trained and [len(group) for group in variables] != [len(detached.get(group, ())) for group in groups]:
-        detached = {}  # compiled or frozen anew since then
-    return [
-        detached[group] if group in detached else _values(own) for group, own in zip(groups, variables, strict=True)
-    ]
+    elif is_detached(model) or (as_trained and model._jax_state and _still_fits(model, groups)):
+        detached = model._jax_state
+    # Keras finds the variables anew each time, which for many layers takes longer than the snapshot.
+    return [detached[group] if group in detached else _values(list_variables(model, group)) for group in groups]
+
+
+def _still_fits(model: Model, groups: Sequence[str]) -> bool:
+    """Returns whether the model has not been compiled or frozen anew since its last training step."""
+    return all(len(list_variables(model, group)) == len(model._jax_state.get(group, ())) for group in groups)
 
 
 def attach_values(model: Model) -> None:

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from offstep.sharding import sharding_text
 Array = Any  # jax.Array, np.ndarray or a Python number
 
 _SINGLE_SHARD = (0,)
+_READ_AVAL, _READ_SHARDING = attrgetter("aval"), attrgetter("sharding")
 _IN_TRANSFER_BYTES = 256 << 20  # enough to keep the bus busy, and little beside the slot
 _ROOM = 1.1  # what a copy of the state needs, beside alignment and fragmentation, in states
 
@@ -101,7 +103,7 @@ class Snapshotter:
             (indices, jax.jit(_copy_all, out_shardings=[parts[index].sharding for index in indices]))
             for indices in _group_by_devices(parts)
         ]
-        self._known_types: list[tuple[object, object]] = []  # of the arrays that matched last
+        self._known_types: tuple[list[object], list[object]] | None = None  # of the arrays that matched last
         self._host_dtypes = [_native_dtype(layout.leaf) for layout in plan.leaves]
         counts = [len(shards) if self._is_split else 1 for shards in self._shards]
         self._part_dtypes = [
@@ -111,15 +113,14 @@ class Snapshotter:
 
     def matches(self, arrays: Sequence[Array]) -> bool:
         """Returns whether the arrays still have the structure that the plan was made for. About 0.1 us a leaf."""
-        # What one compiled step makes has the same types each time, the very same objects; a look at each leaf costs
-        # ten times as much.
-        types = [(getattr(array, "aval", array), getattr(array, "sharding", None)) for array in arrays]
-        known = self._known_types
-        if len(types) == len(known) and all(a is c and b is d for (a, b), (c, d) in zip(types, known, strict=True)):
+        # What one compiled step makes has the same types each time, the very same objects, which lists find equal
+        # without a look into them; a look at each leaf costs ten times as much.
+        types = _read_types(arrays)
+        if types is not None and types == self._known_types:
             return True
         if not self._has_structure_of(arrays):
             return False
-        self._known_types = types if all(isinstance(array, jax.Array) for array in arrays) else []
+        self._known_types = types
         return True
 
     def _has_structure_of(self, arrays: Sequence[Array]) -> bool:
@@ -319,6 +320,14 @@ def _detach(shard: Array) -> Array:
 def _copy_all(arrays: list[Array]) -> list[Array]:
     # A plain identity would be forwarded by jit, without a copy.
     return [jnp.copy(array) for array in arrays]
+
+
+def _read_types(arrays: Sequence[Array]) -> tuple[list[object], list[object]] | None:
+    """Returns what says shape, dtype and placement of JAX arrays; `None` where others are among them."""
+    try:
+        return list(map(_READ_AVAL, arrays)), list(map(_READ_SHARDING, arrays))
+    except AttributeError:
+        return None
 
 
 def _shape(array: Array) -> tuple[int, ...]:
