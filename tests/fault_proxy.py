@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 Matcher = Callable[[str, str], bool]  # of method and path
 
 STATUSES = {"500": "InternalError", "503": "SlowDown", "429": "TooManyRequests", "403": "AccessDenied"}
+UNIMPLEMENTED = "501"
 SECONDS_PER_SLOW_BLOCK = 0.02
 _SLOW_BLOCK_BYTES = 64 << 10
 
@@ -112,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
         elif kind == "gone":
             self._refuse(404, "NoSuchBucket")
+        elif kind == UNIMPLEMENTED:
+            self._refuse(501, "NotImplemented")
         elif kind in STATUSES:
             self._refuse(int(kind), STATUSES[kind])
         else:

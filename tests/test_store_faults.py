@@ -174,6 +174,15 @@ def test_of_two_that_commit_one_step_one_is_told(store: Server, run: str) -> Non
     assert Store(place).create((place / "2" / MARKER).key, b"of this run"), "its own, found again"
 
 
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_server_without_conditional_writes_is_looked_at_first(proxy: Proxy, store: Server, run: str) -> None:
+    place = parse_address(through(proxy, store, run))
+    proxy.fail("501", times=1)
+    assert Store(place).create((place / MARKER).key, b"of this run")
+    proxy.fail("501", times=1)
+    assert not Store(place).create((place / MARKER).key, b"of another run")
+
+
 def test_what_a_failed_save_has_put_there_goes_away(proxy: Proxy, store: Server, run: str) -> None:
     proxy.fail("403", is_marker)
     with (

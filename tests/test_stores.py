@@ -185,6 +185,9 @@ def test_the_command_works_there(run: str, capsys: pytest.CaptureFixture[str]) -
     code, answer = command("verify", below(run, "2"))
     assert (code, answer["ok"]) == (5, False)
     assert not offstep.verify(run).ok
+    with pytest.raises(SystemExit):
+        main(["average", run, run, "s3://bucket/average"])
+    capsys.readouterr()
     assert command("prune", run, "--keep", "1")[0] == 0
     assert offstep.latest(run, verify=False).name == "2"
     assert not [name for name in list_objects(run) if name.startswith("1/")]

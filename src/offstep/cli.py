@@ -25,6 +25,7 @@ from offstep.errors import (
     UnsupportedLeaf,
 )
 from offstep.run_report import DEFAULT_NAME, report
+from offstep.stores.address import is_address
 from offstep.stores.path import Readable, open_place
 from offstep.tables import make_console
 
@@ -98,6 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def local_path(text: str) -> Path:
+    """Reads a path of this machine; the address of a store would become a directory of that name."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"it must be a path of this machine, got {text}")
+    return Path(text)
+
+
 def read_place(text: str) -> Readable:
     """Reads a path, or the address of a store."""
     try:
@@ -144,7 +152,7 @@ def _add_making(add: Add) -> None:
         "export", commands.export, "Writes a checkpoint as .safetensors, .npz, .keras or .weights.h5, as OUT ends."
     )
     command.add_argument("path", type=read_place, help="a checkpoint, or a directory whose newest one is taken")
-    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("out", type=local_path, metavar="OUT")
     command.add_argument("--weights-only", action="store_true", help="leave out optimizer, metrics and seeds")
     command.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="registers custom layers"
@@ -154,7 +162,7 @@ def _add_making(add: Add) -> None:
     command.add_argument(
         "path", type=read_place, nargs="+", help="checkpoints, or directories whose newest ones are taken"
     )
-    command.add_argument("out", type=Path, metavar="OUT")
+    command.add_argument("out", type=local_path, metavar="OUT")
     command.add_argument("--newest", type=int, metavar="K", help="the K newest of these")
     command.add_argument("--best", type=int, metavar="K", help="the K best of these")
     command.add_argument("--monitor", help="metric that tells the best")
@@ -164,9 +172,9 @@ def _add_making(add: Add) -> None:
 
 def _add_measuring(add: Add) -> None:
     command = add("doctor", commands.doctor, "Measures what saving could cost on this machine and in DIR.")
-    command.add_argument("path", type=Path, metavar="DIR", nargs="?", default=Path(), help="default: here")
+    command.add_argument("path", type=local_path, metavar="DIR", nargs="?", default=Path(), help="default: here")
     command = add("bench", bench, "Trains with offstep and with Keras's callbacks, and says what saving costs each.")
-    command.add_argument("path", type=Path, metavar="DIR", nargs="?", default=Path(), help="default: here")
+    command.add_argument("path", type=local_path, metavar="DIR", nargs="?", default=Path(), help="default: here")
     command.add_argument("--state", default="500MB", metavar="SIZE", help="weights and optimizer (default: 500MB)")
     command.add_argument("--leaves", type=int, default=400, metavar="N", help="arrays in it (default: 400)")
     command.add_argument("--step", default="120ms", metavar="TIME", help="of a training step (default: 120ms)")
@@ -183,10 +191,12 @@ def _add_report(add: Add) -> None:
         "report", report, "Makes a page of what saving has cost a run, and of what is durable, from its event log."
     )
     command.add_argument(
-        "path", type=Path, metavar="RUN", nargs="?", default=Path(), help="the event log, or its directory (here)"
+        "path", type=local_path, metavar="RUN", nargs="?", default=Path(), help="the event log, or its directory (here)"
     )
-    command.add_argument("out", type=Path, metavar="OUT", nargs="?", help=f"default: {DEFAULT_NAME} beside the log")
-    command.add_argument("--trace", type=Path, metavar="FILE", help="also write a trace for ui.perfetto.dev")
+    command.add_argument(
+        "out", type=local_path, metavar="OUT", nargs="?", help=f"default: {DEFAULT_NAME} beside the log"
+    )
+    command.add_argument("--trace", type=local_path, metavar="FILE", help="also write a trace for ui.perfetto.dev")
     command.add_argument("--run", dest="run_name", metavar="NAME", help="which run of the log (default: the newest)")
     command.add_argument("--force", action="store_true", help="replace files that are no reports")
 
