@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -124,7 +125,8 @@ class FailingGroup(Group):
         self.counts[call, after] += 1
         is_due = (fault["call"], fault.get("after", False)) == (call, after)
         if is_due and self.counts[call, after] == fault.get("nth", 1):
-            os.kill(os.getpid(), getattr(signal, fault["does"]))
+            # Not to the process: until another thread has got it, this one would go on.
+            signal.pthread_kill(threading.get_ident(), getattr(signal, fault["does"]))
 
 
 def arm(fault: dict[str, Any]) -> None:
@@ -151,9 +153,12 @@ def restore(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     from offstep import restore as restore_tree
 
     [step] = options["steps"]
-    report = restore_tree(make_tree(step + 100), directory / str(step))
+    report = restore_tree(make_tree(step + 100), directory if options.get("newest") else directory / str(step))
     expected = gather_expected(report.tree, step)
-    return {"wrong": [name for name, array in report.tree.items() if not same_shards(array, expected[name])]}
+    return {
+        "step": report.step,
+        "wrong": [name for name, array in report.tree.items() if not same_shards(array, expected[name])],
+    }
 
 
 if __name__ == "__main__":
@@ -161,4 +166,6 @@ if __name__ == "__main__":
     if int(count) > 1:
         connect(int(index), int(count), port)
     settings = json.loads(text)
+    if settings.get("is_on_hosts"):  # each process has a disk of its own
+        folder = f"{folder}/host_{index}"
     print(json.dumps({"save": save, "suffer": suffer, "restore": restore}[settings["do"]](Path(folder), settings)))

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from offstep.buffers import find_shard
+from offstep.buffers import find_shards
 from offstep.records import Leaf
 from offstep.shares import Shares, share_out
 
@@ -49,8 +49,8 @@ def test_a_chunk_goes_to_a_process_that_holds_it_and_each_place_is_used_once() -
     held = [[range(4)], [range(4)], [range(4)], [(0, 1), (2, 3), (0, 2), (1, 3)], [range(4)]]
     shares = share_out(leaves, held, 4)
     for layout, places, of_leaf in zip(shares.layouts, shares.places, held, strict=True):
-        for number, (process, _) in enumerate(places):
-            assert process in of_leaf[find_shard(layout, number)]
+        for shard, (process, _) in zip(find_shards(layout), places, strict=True):
+            assert process in of_leaf[shard]
     for process in range(4):
         plan = shares.plan(process)
         ranges = sorted(piece for layout in plan.leaves for piece in layout.chunk_ranges())

@@ -63,6 +63,15 @@ def _make_file() -> int:
         return os.dup(file.fileno())
 
 
+def attach_text(text: str) -> Attachment:
+    """Returns a text, with spaces at its end up to a whole page."""
+    content = text.encode()
+    attachment = Attachment(_round_up(len(content), _PAGE_BYTES))
+    with mmap.mmap(attachment.fd, attachment.size_bytes) as memory:
+        memory[:] = content.ljust(attachment.size_bytes)
+    return attachment
+
+
 def pack(value: Value) -> Attachment:
     """Packs a tree of values.
 

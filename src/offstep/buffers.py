@@ -167,15 +167,19 @@ def list_shards(layout: LeafLayout) -> list[int]:
     """Returns which shards of the leaf its chunks in the slot are taken from, in C order over the shard grid."""
     if layout.chunks is None:
         return list(range(shard_count(layout.leaf)))
-    return sorted({find_shard(layout, number) for number in layout.chunks})
+    return sorted(set(find_shards(layout)))
 
 
-def find_shard(layout: LeafLayout, number: int) -> int:
-    """Returns which shard a chunk lies in; both are numbers in C order over their grids."""
+def find_shards(layout: LeafLayout) -> list[int]:
+    """Returns which shard each chunk in the slot lies in, in C order over the shard grid."""
+    numbers = np.array(layout.numbers, dtype=np.int64)
+    if not layout.grid or not numbers.size:
+        return [0] * len(numbers)
     shard_shape = layout.leaf.shard_shape or layout.leaf.shape
-    index = np.unravel_index(number, layout.grid)
-    position = [at * part // own for at, part, own in zip(index, layout.chunk_shape, shard_shape, strict=True)]
-    return int(np.ravel_multi_index(position, shard_grid(layout.leaf))) if position else 0
+    axes = zip(np.unravel_index(numbers, layout.grid), layout.chunk_shape, shard_shape, strict=True)
+    positions = tuple(at * part // own for at, part, own in axes)
+    found: list[int] = np.ravel_multi_index(positions, shard_grid(layout.leaf)).tolist()
+    return found
 
 
 def shard_count(leaf: Leaf) -> int:
@@ -201,7 +205,7 @@ def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, 
     shard_shape = leaf.shard_shape or leaf.shape
     sources = {shard: first_source + at for at, shard in enumerate(list_shards(layout))}
     strides = [math.prod(shard_shape[axis + 1 :]) for axis in range(len(shard_shape))]
-    for at, number in enumerate(layout.numbers):
+    for at, (number, shard) in enumerate(zip(layout.numbers, find_shards(layout), strict=True)):
         index = np.unravel_index(number, layout.grid)
         start = [int(i) * part for i, part in zip(index, layout.chunk_shape, strict=True)]
         local = [at % part for at, part in zip(start, shard_shape, strict=True)]
@@ -212,7 +216,7 @@ def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, 
             layout.offset + at * layout.stride_bytes,
             size,
             layout.chunk_bytes - size,
-            sources[find_shard(layout, number)],
+            sources[shard],
             _WITH_CRC,
         )
 

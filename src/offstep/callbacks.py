@@ -14,11 +14,12 @@ from offstep import policy, retention
 from offstep.batches import Dispatch, StepCounter
 from offstep.checkpointer import check_full_every, check_remote
 from offstep.engine import Engine
+from offstep.holders import own_path
 from offstep.keras_decisions import Stock
 from offstep.keras_hooks import HookedCheckpoint, has_own_hooks
 from offstep.keras_resume import Resumption
 from offstep.observation import Observer, OnDurable
-from offstep.options import Mode, OnBusy, OnError, Options
+from offstep.options import Layout, Mode, OnBusy, OnError, Options
 from offstep.preemption import Preemption
 from offstep.tiers import make_tiers
 
@@ -84,6 +85,8 @@ class ModelCheckpoint(HookedCheckpoint):
         preemption_seconds: How long after SIGTERM that has to be done.
         commit_seconds: Where several processes train (`jax.distributed`): how long after its snapshot a save may take
             until all have written their shares. After that it fails, and names who is missing.
+        layout: Where several processes train: `"shared"` where all see the directory; `"local"` where each host has a
+            disk of its own: then process i saves what it holds to `process_<i>` in the directory.
         takeover: Save here though another live run does, whose later saves fail; without it `fit` refuses to begin.
         clock: Returns the seconds that a time in `save_freq` is measured in; it never goes back.
         resume: Go on from the newest checkpoint of `filepath`, at the batch where it was made, as if the training had
@@ -137,6 +140,7 @@ class ModelCheckpoint(HookedCheckpoint):
         retry_seconds: float = 30.0,
         takeover: bool = False,
         commit_seconds: float = 300.0,
+        layout: Layout = "shared",
         clock: Callable[[], float] = time.monotonic,
         resume: bool = False,
         exit_seconds: float = 300.0,
@@ -170,7 +174,7 @@ class ModelCheckpoint(HookedCheckpoint):
         filepath, self._second_tier = make_tiers(os.fspath(filepath), local, upload_every, max_to_keep)
         own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
         self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
-        self.filepath = filepath
+        self.filepath = own_path(os.fspath(filepath)) if layout == "local" else filepath
         if self._destination.is_file:
             Stock(self._destination.plain, save_weights_only=save_weights_only)  # its checks, in its words
         check_full_every(full_every, is_skipping=skip_unchanged)
@@ -187,6 +191,7 @@ class ModelCheckpoint(HookedCheckpoint):
             exit_seconds=exit_seconds,
             private=private,
             commit_seconds=commit_seconds,
+            layout=layout,
             memory_every=memory_every,
             memory_linger_seconds=policy.parse_seconds(memory_linger, "memory_linger"),
         )

@@ -18,9 +18,9 @@ from offstep.attachments import Attachment, Value
 from offstep.cards import describe_saves, make_card
 from offstep.engine import Engine
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedLeaf
-from offstep.holders import spans_processes
+from offstep.holders import own_path, spans_processes
 from offstep.leaf_paths import list_paths, path_keys
-from offstep.options import Mode, OnBusy, OnError, Options
+from offstep.options import Layout, Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
 from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
@@ -70,6 +70,8 @@ class Checkpointer:
         private: Only the owner of the process may read the checkpoints (modes 0600 and 0700); else the umask decides.
         commit_seconds: Where several processes train (`jax.distributed`): how long after its snapshot a save may take
             until all have written their shares. After that it fails, and names who is missing.
+        layout: Where several processes train: `"shared"` where all see the directory; `"local"` where each host has a
+            disk of its own: then process i saves what it holds to `process_<i>` in the directory.
         takeover: Save here though another live run does, whose later saves fail. Without it the first `save` refuses.
 
     Raises:
@@ -108,6 +110,7 @@ class Checkpointer:
         private: bool = False,
         takeover: bool = False,
         commit_seconds: float = 300.0,
+        layout: Layout = "shared",
     ) -> None:
         self._takeover = takeover
         place = to_place(os.fspath(directory))
@@ -136,8 +139,11 @@ class Checkpointer:
             exit_seconds=exit_seconds,
             private=private,
             commit_seconds=commit_seconds,
+            layout=layout,
         )
         self._engine = Engine(options)
+        if layout == "local":
+            place = Path(own_path(os.fspath(directory)))
         self.directory: Place = place.absolute() if isinstance(place, Path) else place
         self._max_to_keep = max_to_keep
         self._treedef: Any = None  # jax.tree_util.PyTreeDef

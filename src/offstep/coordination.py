@@ -5,16 +5,23 @@ The only module that touches `jax._src.distributed`: JAX has no public way to it
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from offstep.errors import CheckpointNotFound
+
 PRIMARY = 0
 """The process that has the lock, writes what all have in common, and commits."""
 
 _NEEDED = ("key_value_set", "blocking_key_value_get", "key_value_try_get", "key_value_delete")
+_RESTORE_SECONDS = 300.0
+_restores = itertools.count(1)  # all processes restore the same, in the same order
 _LATE, _ABSENT = "DEADLINE_EXCEEDED", "NOT_FOUND"
 
 Client = Any  # of JAX's runtime, which carries no types
@@ -99,6 +106,23 @@ def find_group() -> Group | None:
     if client is None or jax.process_count() < 2 or not all(hasattr(client, name) for name in _NEEDED):
         return None
     return Group(jax.process_index(), jax.process_count(), client)
+
+
+def agree_on_steps(group: Group, steps: Sequence[int]) -> list[int]:
+    """Returns the steps that all processes have. Waits for them: all restore at the same time.
+
+    Raises:
+        CheckpointNotFound: a process does not say what it has.
+    """
+    root = f"offstep/restore/{next(_restores)}"
+    group.put(f"{root}/{group.index}", json.dumps(list(steps)))
+    common = set(steps)
+    for process in range(group.count):
+        text = group.get(f"{root}/{process}", _RESTORE_SECONDS)
+        if text is None:
+            raise CheckpointNotFound(f"process {process} has not said within {_RESTORE_SECONDS:g} s which steps it has")
+        common &= set(json.loads(text))
+    return sorted(common)
 
 
 def _first_line(error: Exception) -> str:

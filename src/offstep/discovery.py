@@ -14,6 +14,7 @@ from offstep import catalog
 from offstep.cards import Row, make_card
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, OffstepError, UnsupportedFormat
 from offstep.formats.keras_reader import LEGACY_SUFFIX, SUFFIXES, KerasReader
+from offstep.formats.local_reader import LocalReader, list_common_steps, list_parts
 from offstep.formats.orbax_reader import OrbaxReader, find_item
 from offstep.stored import Reader
 from offstep.stores.path import Readable, StorePath, fetch, open_place
@@ -94,10 +95,31 @@ def open_newest(path: Readable, *, verify: Verify) -> Reader:
     """
     if is_checkpoint(path) or not path.is_dir():
         return _open_checked(path, verify)
+    parts = list_parts(path) if isinstance(path, Path) else []
+    if parts and isinstance(path, Path):
+        return open_parts(path, list_common_steps(parts), verify=verify)
     reader = next(_open_valid(path, verify), None)
     if reader is None:
         raise CheckpointNotFound(_describe_nothing(path))
     return reader
+
+
+def open_parts(root: Path, steps: Sequence[int], *, verify: Verify) -> Reader:
+    """Opens the newest valid one of steps that processes have written to disks of their own; see `open_newest`.
+
+    Raises:
+        CheckpointNotFound: there is none that all have.
+    """
+    for step in sorted(steps, reverse=True):
+        try:
+            reader = LocalReader(root, step)
+            if verify:
+                reader.verify(reader.contents.leaves, READ_THREADS)
+        except (CheckpointDamaged, UnsupportedFormat) as error:
+            warnings.warn(f"step {step} in {root} is passed over: {error}", RuntimeWarning, stacklevel=4)
+        else:
+            return reader
+    raise CheckpointNotFound(f"{root} holds no step that all processes have: one that some lack was never durable")
 
 
 def place_tiers(path: catalog.Root, local: os.PathLike[str] | str | None) -> list[Readable]:

@@ -94,7 +94,7 @@ class Engine:
         """
         with ExitStack() as undo:
             membership = find_membership(leaves, arrays, format, empty_nodes, self._options)
-            has_lock = membership is None or membership.is_primary
+            has_lock = membership is None or membership.has_lock
             # First: where it is the same one, nobody gets in between.
             lock = hold() if hold is not None and has_lock else None
             if lock is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,24 @@ Array = Any  # jax.Array, np.ndarray or a Python number
 def spans_processes(array: Array) -> bool:
     """Returns whether a part of the array is out of this process's reach."""
     return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def own_path(filepath: str) -> str:
+    """Returns where this process saves on a disk of its own: in `process_<i>`, below which steps are.
+
+    Args:
+        filepath: Directory of steps, or a path that ends in `{step}`.
+
+    Raises:
+        ValueError: it is no path of a file system.
+    """
+    if "://" in filepath:
+        raise ValueError(f"layout='local' is for disks, of which each host has one. Received: {filepath}")
+    if jax.process_count() == 1:
+        return filepath
+    own = f"process_{jax.process_index()}"
+    parent, last = os.path.split(filepath)
+    return os.path.join(parent, own, last) if last == "{step}" else os.path.join(filepath, own)
 
 
 def find_home() -> str | None:

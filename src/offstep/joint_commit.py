@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from offstep import commit, manifest
-from offstep.attachments import Attachment
+from offstep.attachments import Attachment, attach_text
 from offstep.coordination import PRIMARY, Group, ServiceLost
 from offstep.formats import orbax_merged, orbax_share
 from offstep.records import NO_SLOT, Job
@@ -50,6 +50,7 @@ class _Save:
     written: Outcome | None = None  # what the writer says of the share
     merged: Outcome | None = None  # what it says of the whole
     is_settled: bool = False
+    is_refused: bool = False  # it is known that it has failed in all processes
 
     def remaining_seconds(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
@@ -70,15 +71,24 @@ class JointCommits:
         group: The processes.
         writer: This process's.
         digest: Tells whether all have the same structure.
-        merged_plan: Number of the plan of `orbax_merged`; the primary's.
+        merged_plan: Number of the plan of `orbax_merged`; the primary's, where all write to one directory.
+        is_local: Whether each has a disk of its own, and makes a whole directory of what it holds.
         commit_seconds: How long after its snapshot a save may take until all have reported.
     """
 
     def __init__(
-        self, group: Group, writer: Writer, *, digest: str, merged_plan: int | None, commit_seconds: float
+        self,
+        group: Group,
+        writer: Writer,
+        *,
+        digest: str,
+        merged_plan: int | None,
+        is_local: bool,
+        commit_seconds: float,
     ) -> None:
         self._group, self._writer = group, writer
         self._digest, self._merged_plan, self._commit_seconds = digest, merged_plan, commit_seconds
+        self._is_local = is_local
         number = next(_engine_numbers)
         self._meeting_key = f"offstep/{number}"
         self._repeats: Counter[tuple[str, int]] = Counter()  # how often a step was saved to a place
@@ -176,10 +186,16 @@ class JointCommits:
             place = (save.job.target, save.job.step)
             self._repeats[place] += 1
             save.key = f"offstep/{self._session}/{save.job.step}/{self._repeats[place]}"
-            note = {"process": self._group.index, "key": save.key}
-            job = replace(save.job, format="orbax_share", shares=(note,), keep=None, replace_all=False)
-            save.staged = orbax_share.staging_path(job)
-            self._hand_over(save, job, partial(self._note_written, save))
+            # What is older goes when all have this step.
+            job = replace(save.job, keep=None, replace_all=False)
+            if self._is_local:
+                part = self._group.index, self._group.count
+                job = replace(job, manifest=job.manifest | {"part": part})
+            else:
+                job = replace(job, format="orbax_share", key=save.key)
+                save.staged = orbax_share.staging_path(job)
+            own = save.attachments if self._is_local else {}
+            self._hand_over(save, job, partial(self._note_written, save), own)
             save.on_submitted()
 
     def _hand_over(
@@ -269,14 +285,16 @@ class JointCommits:
             self._group.put(f"{save.key}/{self._group.index}", json.dumps(report))
             _refuse(report)
             self._await_decision(save)
-            return self._describe_durable(save)
+            return self._describe_durable(save, self._retire(save))
         try:
-            merged = self._merge(save, self._gather(save, report))
+            reports = self._gather(save, report)
+            merged = None if self._is_local else self._merge(save, reports)
         except _Failure as failure:
+            save.is_refused = True
             self._decide(save, _describe(failure))
             raise
         self._decide(save, {})
-        return self._describe_durable(save, merged)
+        return self._describe_durable(save, merged or self._retire(save))
 
     def _meet(self, save: _Save) -> None:
         """Waits until the primary has begun: then the target is its own, and it sweeps there no more."""
@@ -296,10 +314,12 @@ class JointCommits:
         if written is None:
             raise _Failure(f"its share was not written within {self._commit_seconds:g} s")
         _refuse(written)
-        assert save.staged is not None
+        common = {"step": save.job.step, "digest": self._digest}
+        if save.staged is None:
+            return common
         note = manifest.parse((save.staged / orbax_share.NOTE_NAME).read_bytes())
         files = {name: [record.size, record.crc32c] for name, record in note.files.items()}
-        common = {"step": save.job.step, "digest": self._digest, "target": save.job.target}
+        common["target"] = save.job.target
         return common | {"staged": str(save.staged), "files": files, "nonfinite": note.nonfinite}
 
     def _gather(self, save: _Save, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -318,10 +338,12 @@ class JointCommits:
             report = json.loads(text)
             if "error" in report:
                 raise _Failure(f"process {process}: {report['error']}", report["errno"])
-            for name in ("digest", "target"):
-                if report[name] != own[name]:
-                    what = "another structure" if name == "digest" else f"to {report[name]}"
-                    raise _Failure(f"process {process} has saved {what}, process {PRIMARY} to {own['target']}")
+            if report["digest"] != own["digest"]:
+                raise _Failure(f"process {process} has saved another structure than process {PRIMARY}")
+            if report.get("target") != own.get("target"):
+                raise _Failure(
+                    f"process {process} has saved to {report['target']}, process {PRIMARY} to {own['target']}"
+                )
             reports.append(report)
         return reports
 
@@ -339,19 +361,19 @@ class JointCommits:
 
     def _merge(self, save: _Save, reports: list[dict[str, Any]]) -> Outcome:
         assert self._merged_plan is not None
-        shares = tuple(report | {"key": save.key} for report in reports)
+        attached = {**save.attachments, orbax_merged.REPORTS_NAME: attach_text(json.dumps(reports))}
+        return self._have_done(save, attached, format="orbax_merged", plan=self._merged_plan, key=save.key)
+
+    def _retire(self, save: _Save) -> Outcome | None:
+        """Lets older steps go from this process's own disk, now that all have this one."""
+        return self._have_done(save, {}, format="orbax_retire") if self._is_local else None
+
+    def _have_done(self, save: _Save, attachments: Mapping[str, Attachment], **changes: Any) -> Outcome:
+        """Has the writer do a job without a slot."""
         number = self._writer.next_job_number()
-        job = replace(
-            save.job,
-            number=number,
-            tag=self._writer.job_tag(number),
-            format="orbax_merged",
-            plan=self._merged_plan,
-            slot=NO_SLOT,
-            shares=shares,
-        )
+        job = replace(save.job, number=number, tag=self._writer.job_tag(number), slot=NO_SLOT, **changes)
         with self._changed:
-            self._hand_over(save, job, partial(self._note_merged, save), save.attachments)
+            self._hand_over(save, job, partial(self._note_merged, save), attachments)
             self._changed.wait_for(lambda: save.merged is not None)
         assert save.merged is not None
         if "error" in save.merged:
@@ -375,8 +397,9 @@ class JointCommits:
         except ServiceLost as error:
             decision, reason = None, f"the coordination service does not answer ({error})"
         if decision is not None:
+            save.is_refused = decision != "{}"
             _refuse(json.loads(decision))
-        elif not orbax_merged.is_committed(Path(save.job.target), save.key, self._group.count):
+        elif self._is_local or not orbax_merged.is_committed(Path(save.job.target), save.key, self._group.count):
             raise _Failure(reason)
 
     def _describe_durable(self, save: _Save, merged: Outcome | None = None) -> Outcome:
@@ -403,7 +426,13 @@ def _refuse(report: Mapping[str, Any]) -> None:
 
 
 def _discard(save: _Save) -> None:
-    """Deletes what is left of the share: all of it, or the directory that it was taken from."""
+    """Deletes what is left of the share: all of it, or the directory that it was taken from.
+
+    On a disk of this process's own it is the step, as far as it is known that nobody will restore it.
+    """
+    if save.staged is None and save.is_refused and save.written is not None and "error" not in save.written:
+        with contextlib.suppress(OSError):  # as it is not on all disks, it is never taken
+            commit.remove_directory(Path(save.job.target))
     if save.staged is not None:
         with contextlib.suppress(OSError):  # the next start sweeps what is left
             commit.discard(save.staged)

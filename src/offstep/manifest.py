@@ -58,6 +58,8 @@ class Manifest:
         versions: Of offstep, Keras, JAX.
         nonfinite: How many values of the floating leaves are NaN or infinite; `None` where nobody counted.
         files: By relative POSIX path; without the manifest itself.
+        part: Process that wrote it and number of processes, where each has a disk of its own: it may hold parts of
+            arrays only.
         extra: JSON that the caller of the save wanted to keep.
     """
 
@@ -70,6 +72,7 @@ class Manifest:
     nonfinite: int | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     extra: Json = None
+    part: tuple[int, int] | None = None
 
 
 def build(about: Mapping[str, Json], records: Mapping[str, FileRecord], nonfinite: int | None) -> bytes:
@@ -199,7 +202,12 @@ def _to_manifest(document: dict[str, Json]) -> Manifest:
         nonfinite=document["nonfinite"],
         files=files,
         extra=document.get("extra"),
+        part=_read_part(document.get("part")),
     )
+
+
+def _read_part(part: Json) -> tuple[int, int] | None:
+    return None if part is None else (int(part[0]), int(part[1]))
 
 
 def _check_name(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 OnBusy = Literal["wait", "skip", "latest"]
 OnError = Literal["raise", "warn"]
 Mode = Literal["host", "device_copy", "transfer"]
+Layout = Literal["shared", "local"]
 
 _MOST_COPY_THREADS = 256  # that the native module takes
 
@@ -29,6 +30,7 @@ class Options:
     exit_seconds: float = 300.0
     private: bool = False
     commit_seconds: float = 300.0
+    layout: Layout = "shared"
     memory_every: int | None = None
     memory_linger_seconds: float = 600.0
 
@@ -64,6 +66,8 @@ class Options:
             seconds = getattr(self, name)
             is_time = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
             _check(is_time, f"{name} must be a finite number of seconds, 0 or more", seconds)
+        layouts = ("shared", "local")
+        _check(self.layout in layouts, "layout must be 'shared' or 'local'", self.layout)
         modes = (None, "host", "device_copy", "transfer")
         rule = "snapshot_mode must be None, 'host', 'device_copy' or 'transfer'"
         _check(self.snapshot_mode in modes, rule, self.snapshot_mode)

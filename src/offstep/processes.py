@@ -13,7 +13,7 @@ from offstep.holders import Array, find_home, list_holders, spans_processes
 from offstep.joint_commit import JointCommits
 from offstep.options import Options
 from offstep.records import Leaf, PathKey, Plan
-from offstep.shares import Shares, share_out
+from offstep.shares import Shares, digest_structure, keep_all, share_out
 from offstep.writer import Writer
 
 _DIRECTORY = "orbax_directory"
@@ -25,37 +25,45 @@ class Membership:
 
     Attributes:
         group: The processes.
-        shares: Who writes what.
+        plan: Where the leaves lie in this process's slots.
+        digest: Tells whether the others have the same structure.
+        shares: Who writes what; `None` where each has a disk of its own, and writes all that it holds.
     """
 
     group: Group
-    shares: Shares
+    plan: Plan
+    digest: str
+    shares: Shares | None
 
     @property
-    def is_primary(self) -> bool:
-        """Whether this process has the lock, and commits."""
-        return self.group.index == PRIMARY
-
-    @property
-    def plan(self) -> Plan:
-        """Where the leaves lie in this process's slots."""
-        return self.shares.plan(self.group.index)
+    def has_lock(self) -> bool:
+        """Whether this process takes the lock of the target, and sweeps there."""
+        return self.shares is None or self.group.index == PRIMARY
 
     def open(self, writer: Writer, documents: dict[str, Any] | None, options: Options) -> tuple[int, JointCommits]:
-        """Tells the writer of the plans; returns the number of that of the shares, and what commits them.
+        """Tells the writer of the plans; returns the number of that of the saves, and what commits them.
 
         Args:
             writer: This process's.
             documents: What an Orbax directory takes.
             options: How to work.
         """
-        number = writer.add_plan(self.plan, "orbax_share", {"process": self.group.index})
         merged = None
-        if self.is_primary:
+        if self.shares is None:
+            number = writer.add_plan(self.plan, _DIRECTORY, documents)
+        else:
+            number = writer.add_plan(self.plan, "orbax_share", {"process": self.group.index})
+        if self.shares is not None and self.group.index == PRIMARY:
             about = {"model": documents, "places": self.shares.places, "processes": self.group.count}
             merged = writer.add_plan(self.plan, "orbax_merged", about)
-        seconds = options.commit_seconds
-        joint = JointCommits(self.group, writer, digest=self.shares.digest, merged_plan=merged, commit_seconds=seconds)
+        joint = JointCommits(
+            self.group,
+            writer,
+            digest=self.digest,
+            merged_plan=merged,
+            is_local=self.shares is None,
+            commit_seconds=options.commit_seconds,
+        )
         return number, joint
 
 
@@ -104,5 +112,13 @@ def find_membership(
         replace(leaf, sharding=home) if spans_processes(array) else leaf
         for leaf, array in zip(leaves, arrays, strict=True)
     ]
-    shares = share_out(leaves, [list_holders(array) for array in arrays], group.count, empty_nodes)
-    return Membership(group, shares)
+    holders = [list_holders(array) for array in arrays]
+    if options.layout == "local":
+        own = ((group.index,),)  # what is in reach of one process, each has for itself
+        holders = [
+            found if spans_processes(array) else own * len(found) for found, array in zip(holders, arrays, strict=True)
+        ]
+        plan = keep_all(leaves, holders, group.index, empty_nodes)
+        return Membership(group, plan, digest_structure(plan.leaves), None)
+    shares = share_out(leaves, holders, group.count, empty_nodes)
+    return Membership(group, shares.plan(group.index), shares.digest, shares)

@@ -196,7 +196,7 @@ class Job:
         full_every: Each how many saves of a plan its frozen leaves are written anew; `None` only when it must be.
         retry_seconds: How long to try again after a failure that may pass; how long a store may fail altogether.
         private: Nobody but the owner may read the checkpoint.
-        shares: What each process has written, where several make one checkpoint: see `formats.orbax_merged`.
+        key: Tells the save from all others, where several processes make one checkpoint; the same in all of them.
         source: Directory of the durable step to copy, for the format `upload`.
     """
 
@@ -219,8 +219,8 @@ class Job:
     full_every: int | None = None
     retry_seconds: float = 0.0
     private: bool = False
-    shares: tuple[dict[str, Any], ...] = ()  # JSON
     source: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,8 +17,10 @@ import numpy as np
 
 from offstep import leaf_paths
 from offstep.attachments import Value, read_extra
-from offstep.discovery import READ_THREADS, open_newest, open_newest_of, place_tiers
+from offstep.coordination import agree_on_steps, find_group
+from offstep.discovery import READ_THREADS, is_checkpoint, open_newest, open_newest_of, open_parts, place_tiers
 from offstep.errors import StructureMismatch
+from offstep.formats.local_reader import list_common_steps, list_parts
 from offstep.matching import (
     OPTIMIZER_GROUP,
     Matching,
@@ -131,7 +134,7 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with closing(open_newest_of(place_tiers(path, local), verify="fast")) as reader:
+    with closing(_open(place_tiers(path, local))) as reader:
         return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
 
 
@@ -161,6 +164,17 @@ def read(path: str | os.PathLike[str] | StorePath, leaf: str, *, threads: int = 
     with closing(open_newest(open_place(path), verify=False)) as reader:
         found = _find_leaf(reader.contents.leaves, leaf, reader.path)
         return reader.read([Region(found)], threads)[0]
+
+
+def _open(places: Sequence[Readable]) -> Reader:
+    """Opens a checkpoint; of those on disks of each process's own, one that the others have too."""
+    group = find_group()
+    root = places[0]
+    parts = list_parts(root) if isinstance(root, Path) and not is_checkpoint(root) else []
+    if group is None or not parts or len(places) > 1:
+        return open_newest_of(places, verify="fast")
+    assert isinstance(root, Path)
+    return open_parts(root, agree_on_steps(group, list_common_steps(parts)), verify="fast")
 
 
 @dataclass(frozen=True)

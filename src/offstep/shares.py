@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offstep._native import crc32c
-from offstep.buffers import CHUNK_TARGET_BYTES, choose_chunk_shape, find_shard, item_bytes
+from offstep.buffers import CHUNK_TARGET_BYTES, choose_chunk_shape, find_shards, item_bytes
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
 Holders = Sequence[Sequence[int]]
@@ -23,8 +23,8 @@ Holders = Sequence[Sequence[int]]
 Place = tuple[int, int]
 """Process, and offset in its slot."""
 
-_CHUNKS_PER_PROCESS = 4  # of a large leaf, so that nobody gets much more of it than the others
-_LEAST_SHARE_BYTES = 1 << 16  # a chunk costs about 100 bytes of index: smaller ones are not worth it
+_PIECES = 8  # at least, of what a process writes, so that nobody gets much more than the others
+_LEAST_PIECE_BYTES = 1 << 16  # a chunk costs about 100 bytes of index: smaller ones are not worth it
 _ALIGNMENT, _PAGE_BYTES = 64, 4096
 
 
@@ -60,11 +60,7 @@ class Shares:
     @cached_property
     def digest(self) -> str:
         """Tells whether two processes have worked out the same."""
-        described = [
-            [layout.leaf.name, layout.leaf.dtype, layout.leaf.shape, layout.chunk_shape, places]
-            for layout, places in zip(self.layouts, self.places, strict=True)
-        ]
-        return f"{crc32c(json.dumps(described).encode()):08x}"
+        return digest_structure(self.layouts, self.places)
 
 
 def share_out(
@@ -81,7 +77,12 @@ def share_out(
         processes: How many there are.
         empty_nodes: See `Plan`.
     """
-    layouts = tuple(_lay_out(leaf, own) for leaf, own in zip(leaves, holders, strict=True))
+    share_bytes = sum(math.prod(leaf.shape) * item_bytes(leaf.dtype) for leaf in leaves) // processes
+    piece_bytes = max(_LEAST_PIECE_BYTES, min(CHUNK_TARGET_BYTES, share_bytes // _PIECES))
+    layouts = tuple(
+        _lay_out(leaf, piece_bytes if min(map(len, own), default=1) > 1 else CHUNK_TARGET_BYTES)
+        for leaf, own in zip(leaves, holders, strict=True)
+    )
     owners = _choose_owners(layouts, holders, processes)
     common = [number for number, layout in enumerate(layouts) if is_common(layout)]
     places: list[tuple[Place, ...]] = [()] * len(layouts)
@@ -97,19 +98,38 @@ def share_out(
     return Shares(layouts, tuple(places), slot_bytes, offset, tuple(empty_nodes))
 
 
+def digest_structure(layouts: Sequence[LeafLayout], places: Sequence[object] = ()) -> str:
+    """Tells whether two processes have leaves of the same names, shapes, dtypes and chunks, in the same places."""
+    leaves = [[layout.leaf.name, layout.leaf.dtype, layout.leaf.shape, layout.chunk_shape] for layout in layouts]
+    return f"{crc32c(json.dumps([leaves, places]).encode()):08x}"
+
+
+def keep_all(
+    leaves: Sequence[Leaf],
+    holders: Sequence[Holders],
+    process: int,
+    empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
+) -> Plan:
+    """Returns where the leaves lie in the slots of a process that writes all that it holds: its disk is its own."""
+    offset = 0
+    layouts = []
+    for leaf, of_leaf in zip(leaves, holders, strict=True):
+        layout = _lay_out(leaf, CHUNK_TARGET_BYTES)
+        is_held = [process in processes for processes in of_leaf]
+        own = [number for number, shard in zip(layout.numbers, find_shards(layout), strict=True) if is_held[shard]]
+        layouts.append(replace(layout, chunks=tuple(own), offset=offset))
+        offset = layouts[-1].end
+    return Plan(tuple(layouts), _round_up(max(offset, 1), _PAGE_BYTES), tuple(empty_nodes))
+
+
 def is_common(layout: LeafLayout) -> bool:
     """Returns whether a leaf is in the slots of all processes: the step of a snapshot is read from such a counter."""
     return not layout.leaf.shape and layout.leaf.dtype.lstrip("u").startswith("int")
 
 
-def _lay_out(leaf: Leaf, holders: Holders) -> LeafLayout:
+def _lay_out(leaf: Leaf, target_bytes: int) -> LeafLayout:
     itemsize = item_bytes(leaf.dtype)
-    shard_shape = leaf.shard_shape or leaf.shape
-    replicas = min(map(len, holders), default=1)
-    pieces = replicas * _CHUNKS_PER_PROCESS if replicas > 1 else 1
-    target_bytes = -(-math.prod(shard_shape) * itemsize // pieces)
-    target_bytes = max(_LEAST_SHARE_BYTES, min(CHUNK_TARGET_BYTES, target_bytes))
-    chunk_shape = choose_chunk_shape(leaf.shape, shard_shape, itemsize, target_bytes)
+    chunk_shape = choose_chunk_shape(leaf.shape, leaf.shard_shape or leaf.shape, itemsize, target_bytes)
     chunk_bytes = math.prod(chunk_shape) * itemsize
     return LeafLayout(
         leaf=leaf,
@@ -124,16 +144,16 @@ def _lay_out(leaf: Leaf, holders: Holders) -> LeafLayout:
 def _choose_owners(layouts: Sequence[LeafLayout], holders: Sequence[Holders], processes: int) -> list[list[int]]:
     """Gives each chunk to the one of its holders that has least: first those with few holders, then the large ones."""
     chunks = sorted(
-        (len(candidates), -layout.chunk_bytes, leaf, number, candidates)
+        (len(holders[leaf][shard]), -layout.chunk_bytes, leaf, number, shard)
         for leaf, layout in enumerate(layouts)
-        for number in range(layout.chunk_count)
-        for candidates in [tuple(holders[leaf][find_shard(layout, number)])]
+        for number, shard in enumerate(find_shards(layout))
     )
     owners = [[0] * layout.chunk_count for layout in layouts]
     loads = [0] * processes
-    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for _, size, leaf, number, candidates in chunks:
-        heap = heaps.setdefault(candidates, [(0, process) for process in candidates])
+    heaps: dict[int, list[tuple[int, int]]] = {}  # by identity: to compare thousands of processes takes too long
+    for _, size, leaf, number, shard in chunks:
+        candidates = holders[leaf][shard]
+        heap = heaps.get(id(candidates)) or heaps.setdefault(id(candidates), [(0, at) for at in candidates])
         while heap[0][0] != loads[heap[0][1]]:  # it has got something as a holder of other shards
             heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
         owner = heap[0][1]

@@ -52,6 +52,8 @@ FORMATS = {
     # Of several processes each writes a share; one of them merges these. Who gets what is decided in `shares`.
     "orbax_share": Format(orbax_step.place, orbax_share.prepare, orbax_share.write),
     "orbax_merged": Format(orbax_step.place, orbax_merged.prepare, orbax_merged.write),
+    # Where each has a disk of its own, it writes all that it holds; what is older goes when all have done so.
+    "orbax_retire": Format(orbax_step.place, orbax_step.prepare, orbax_step.write_nothing),
     "keras_weights": Format(keras_weights.place, keras_weights.prepare, _alone(keras_weights.write), is_file=True),
     "keras_archive": Format(keras_weights.place, keras_archive.prepare, _alone(keras_archive.write), is_file=True),
     "upload": Format(orbax_step.place, whole_file.prepare, orbax_upload.write),

@@ -143,9 +143,11 @@ class ImageReader:
         run_all(lambda run: self._fetch(run, results), _group(missing), threads)
         return results
 
-    def verify(self, names: Iterable[tuple[str, StoredLeaf]], threads: int) -> None:
-        """Checks the chunks of the named arrays; see `stored.Reader.verify`."""
-        pieces = [piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0)]
+    def verify(self, names: Iterable[tuple[str, StoredLeaf]], threads: int, *, is_partial: bool = False) -> None:
+        """Checks the chunks of the named arrays, with `is_partial` those that are there; see `stored.Reader.verify`."""
+        pieces = [
+            piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0, skips_missing=is_partial)
+        ]
         if sum(piece.size for piece in pieces) <= _KEPT_BYTES:
             run_all(self._keep, _group(pieces), threads)
         else:
@@ -166,21 +168,23 @@ class ImageReader:
             if fault:
                 raise CheckpointDamaged(f"{path} is truncated: {fault}; restore another checkpoint")
 
-    def _pieces(self, name: str, region: Region, number: int) -> Iterator[_Piece]:
+    def _pieces(self, name: str, region: Region, number: int, *, skips_missing: bool = False) -> Iterator[_Piece]:
         array = self.arrays[name]
         if 0 in array.shape:
             return
-        if array.chunk_shape == array.shape and region.is_whole:
+        if not skips_missing and array.chunk_shape == array.shape and region.is_whole:
             place = self._place(name, (0,) * len(array.shape), region.leaf)
             yield _Piece(region.leaf, *place, number, array.chunk_shape, None)
             return
         axes = list(zip(region.box, array.chunk_shape, strict=True))
         for position in product(*(range(start // part, -(-stop // part)) for (start, stop), part in axes)):
+            if skips_missing and _chunk_key(name, position) not in self._index:
+                continue
             place = self._place(name, position, region.leaf)
             yield _Piece(region.leaf, *place, number, array.chunk_shape, _cut(position, axes))
 
     def _place(self, name: str, position: tuple[int, ...], leaf: StoredLeaf) -> tuple[str, int, int]:
-        value = self._index.get("/".join([name, "c", *map(str, position)]).encode())
+        value = self._index.get(_chunk_key(name, position))
         if value is None:
             raise CheckpointDamaged(f"{leaf.name}: a part of it is missing in {self._database}; restore another one")
         if isinstance(value, bytes):
@@ -287,6 +291,10 @@ def run_all(task: Callable[[list[_T]], None], runs: Sequence[list[_T]], threads:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _chunk_key(name: str, position: tuple[int, ...]) -> bytes:
+    return "/".join([name, "c", *map(str, position)]).encode()
 
 
 def _inline(value: bytes | FileRange) -> bytes:

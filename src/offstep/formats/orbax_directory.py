@@ -234,8 +234,6 @@ def prepare_item(name: str, plan: Plan) -> ArrayItem:
 
 def leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
     """Yields the keys of a leaf in the database: its `zarr.json`, and where in a slot each of its chunks lies."""
-    if layout.chunks == ():  # other processes have it
-        return
     yield zarr_key(layout), encode_zarr(layout)
     for number, (offset, size) in zip(layout.numbers, layout.chunk_ranges(), strict=True):
         yield chunk_key(layout, number), SlotRange(offset, size)

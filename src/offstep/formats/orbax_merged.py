@@ -6,6 +6,7 @@ is asked of the others but that they are done.
 
 from __future__ import annotations
 
+import json
 import mmap
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,11 @@ from offstep.formats.orbax_directory import STATE, ArrayItem, PreparedDirectory
 from offstep.manifest import FileRecord
 from offstep.records import CRC_BYTES, Job, LeafLayout, Plan
 
+REPORTS_NAME = "reports.json"
+"""Attachment with what each process has reported of its share: too long for a message where there are thousands."""
+
 Place = tuple[int, int]  # process, offset in its data file
+Report = dict[str, Any]  # JSON
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
         OSError: it is not durable; nothing that was there before is touched.
     """
     target = Path(job.target)
-    if _is_done(job, target):
+    reports: list[Report] = json.loads(bytes(attachments[REPORTS_NAME]))
+    if _is_done(job, target, reports):
         return 0
     commit.refuse_foreign(target)
     # Of writers that died: they may have taken shares over already.
@@ -69,21 +75,23 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
     with commit.StagedDirectory(target, tag=tag, private=job.private) as staged:
         files = orbax_directory.document_files(
             prepared.directory, step=job.step, target=job.target, now_ns=time.time_ns()
-        ) | _index_files(prepared, job.shares[0]["key"])
+        ) | _index_files(prepared, job.key)
         records = manifest.record_files(files)
         sizes = staged.write(files)
         for name, buffer in attachments.items():
+            if name == REPORTS_NAME:
+                continue
             with memoryview(buffer) as content:
                 attached = {name: (content,)}
                 records |= manifest.record_files(attached)
                 sizes |= staged.write(attached)
                 del attached
-        for share in job.shares:
+        for share in reports:
             records |= {f"{STATE}/{name}": FileRecord(*record) for name, record in share["files"].items()}
-        nonfinite = sum(share["nonfinite"] for share in job.shares)
+        nonfinite = sum(share["nonfinite"] for share in reports)
         sizes |= staged.write({manifest.MANIFEST_NAME: (manifest.build(job.manifest, records, nonfinite),)})
         # Last: what fails before this can be tried again.
-        for process, share in enumerate(job.shares):
+        for process, share in enumerate(reports):
             if share["files"]:
                 name = orbax_share.item_name(process)
                 places = [Path(share["staged"]), *(attempt / STATE for attempt in attempts)]
@@ -95,11 +103,11 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
     return sum(sizes.values())
 
 
-def _is_done(job: Job, target: Path) -> bool:
+def _is_done(job: Job, target: Path, reports: list[Report]) -> bool:
     """Returns whether an earlier writer has committed it, and died before it could say so."""
-    if all(Path(share["staged"]).is_dir() for share in job.shares):
+    if all(Path(share["staged"]).is_dir() for share in reports):
         return False
-    return is_committed(target, job.shares[0]["key"], len(job.shares))
+    return is_committed(target, job.key, len(reports))
 
 
 def is_committed(target: Path, key: str, processes: int) -> bool:

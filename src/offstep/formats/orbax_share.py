@@ -10,7 +10,7 @@ import hashlib
 import mmap
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedShare:  # J
     """Makes what is the same in each share of one plan; the documents are `{"process": int}`."""
     assert documents is not None
     process = documents["process"]
-    has_any = any(layout.chunk_count for layout in plan.leaves)
-    item = prepare_item(item_name(process), plan) if has_any else None
+    own = tuple(layout for layout in plan.leaves if layout.chunk_count)
+    item = prepare_item(item_name(process), replace(plan, leaves=own)) if own else None
     return PreparedShare(process, item, float_table(plan))
 
 
@@ -78,12 +78,11 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
     assert not attachments, "they are committed with the step"
     target = Path(job.target)
     commit.make_root(Path(job.root))
-    [wanted] = job.shares
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:
         with counted_beside(view, prepared.own_floats) as nonfinite:
             files = {}
             if prepared.item is not None:
-                name = data_file(wanted["key"], prepared.process)
+                name = data_file(job.key, prepared.process)
                 files = database_files(prepared.item, (view,), time.time_ns(), data_file=name)
             records = manifest.record_files(files)
             sizes = staged.write(files, io_threads=_IO_THREADS)
