@@ -134,7 +134,7 @@ def restore(
         Array(6., dtype=float32)
     """
     _check_arguments(partial, rename, threads)
-    with closing(_open(place_tiers(path, local))) as reader:
+    with _collector_paused(), closing(_open(place_tiers(path, local))) as reader:
         return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
 
 
