@@ -56,6 +56,10 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield server
 
 
+s3_only = pytest.mark.parametrize("store", ["s3"], indirect=True)
+gs_only = pytest.mark.parametrize("store", ["gs"], indirect=True)  # the quicker one, where both are alike
+
+
 def _start_seaweed(stack: ExitStack, directory: Path) -> str:
     try:
         return stack.enter_context(seaweed.serve(directory))

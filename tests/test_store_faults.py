@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fault_proxy import STATUSES, Matcher, Proxy
-from object_stores import SECRETS, Server, below, list_objects, proxy, run, store, through
+from object_stores import SECRETS, Server, below, gs_only, list_objects, proxy, run, s3_only, store, through
 from processes import find_writers
 
 import offstep
@@ -115,6 +115,7 @@ def test_a_store_that_refuses_is_not_taken_for_an_empty_one(proxy: Proxy, store:
         offstep.latest(through(proxy, store, run))
 
 
+@gs_only
 def test_a_writer_that_is_killed_in_the_middle_leaves_no_step_and_another_one_saves_it(
     proxy: Proxy, store: Server, run: str
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_writer_that_is_killed_in_the_middle_leaves_no_step_and_another_one_sa
     assert len([name for name in list_objects(run) if "/d/" in name]) == 1, "the first attempt's data are gone"
 
 
+@gs_only
 def test_what_dead_runs_left_goes_with_the_older_steps(store: Server, run: str) -> None:
     with offstep.Checkpointer(run, max_to_keep=1) as checkpointer:
         for step in (1, 2):
@@ -150,6 +152,7 @@ def test_what_dead_runs_left_goes_with_the_older_steps(store: Server, run: str) 
     assert {name.partition("/")[0] for name in list_objects(run)} == {"3", "5"}, "5 may be on its way"
 
 
+@gs_only
 def test_training_goes_on_while_a_store_says_nothing(proxy: Proxy, store: Server, run: str) -> None:
     proxy.fail("black_hole")
     address = through(proxy, store, run)
@@ -174,7 +177,7 @@ def test_of_two_that_commit_one_step_one_is_told(store: Server, run: str) -> Non
     assert Store(place).create((place / "2" / MARKER).key, b"of this run"), "its own, found again"
 
 
-@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@s3_only
 def test_a_server_without_conditional_writes_is_looked_at_first(proxy: Proxy, store: Server, run: str) -> None:
     place = parse_address(through(proxy, store, run))
     proxy.fail("501", times=1)
@@ -183,6 +186,7 @@ def test_a_server_without_conditional_writes_is_looked_at_first(proxy: Proxy, st
     assert not Store(place).create((place / MARKER).key, b"of another run")
 
 
+@gs_only
 def test_what_a_failed_save_has_put_there_goes_away(proxy: Proxy, store: Server, run: str) -> None:
     proxy.fail("403", is_marker)
     with (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from object_stores import SECRETS, Server, below, download, list_objects, run, store
+from object_stores import SECRETS, Server, below, download, gs_only, list_objects, run, s3_only, store
 from orbax.checkpoint import v1 as ocp
 from runs import assert_same, fit, make_model, read_state, read_step
 
@@ -23,7 +23,6 @@ from offstep.stores.client import Store
 from offstep.stores.path import open_place
 
 __all__ = ["run", "store"]  # fixtures
-s3_only = pytest.mark.parametrize("store", ["s3"], indirect=True)
 
 
 def leave_out(state: dict[str, np.ndarray], *words: str) -> dict[str, np.ndarray]:
@@ -52,6 +51,7 @@ def test_training_saves_to_a_bucket_what_stock_readers_restore_from_a_copy(run: 
     assert_same(leave_out(read_state(again), "metric"), leave_out(trained, "metric"))
 
 
+@s3_only
 def test_a_large_state_goes_in_pieces_and_comes_back(run: str, tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     tree = {f"layer{n}": jnp.asarray(random.random((1300, 1300 + n), np.float32)) for n in range(3)}
@@ -69,6 +69,7 @@ def test_a_large_state_goes_in_pieces_and_comes_back(run: str, tmp_path: Path) -
         np.testing.assert_array_equal(copy[name], array)
 
 
+@gs_only
 def test_what_nobody_committed_is_no_step(run: str) -> None:
     tree = {"w": jnp.arange(6.0)}
     with offstep.Checkpointer(run) as checkpointer:
@@ -86,6 +87,7 @@ def test_what_nobody_committed_is_no_step(run: str) -> None:
         assert checkpointer.all_steps() == [1, 2]
 
 
+@gs_only
 def test_a_step_that_is_saved_again_is_replaced_and_leaves_nothing(run: str) -> None:
     with offstep.Checkpointer(run) as checkpointer:
         checkpointer.save(5, {"w": jnp.zeros(8)})
@@ -100,6 +102,7 @@ def test_a_step_that_is_saved_again_is_replaced_and_leaves_nothing(run: str) -> 
     assert not data & after
 
 
+@s3_only
 def test_neither_keys_nor_their_server_are_written_into_a_checkpoint(store: Server, run: str, tmp_path: Path) -> None:
     with offstep.Checkpointer(run) as checkpointer:
         checkpointer.save(1, {"w": jnp.zeros(8)})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fault_proxy import Proxy
-from object_stores import Server, below, download, list_objects, proxy, run, store, through
+from object_stores import Server, below, download, gs_only, list_objects, proxy, run, store, through
 from runs import assert_same, fit, make_model, read_step
 
 import offstep
@@ -20,8 +20,6 @@ from offstep.records import NO_SLOT, Job
 from offstep.stores.path import open_place
 
 __all__ = ["proxy", "run", "store"]  # fixtures
-
-gs_only = pytest.mark.parametrize("store", ["gs"], indirect=True)  # what is particular to S3, test_stores sees
 
 
 def remote_steps(run: str) -> list[int]:
