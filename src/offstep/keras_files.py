@@ -89,7 +89,8 @@ def plan_file(model: Model) -> FilePlan:
 def find_difference(model: Model, plan: FilePlan, arrays: Sequence[np.ndarray]) -> str:
     """Returns in what the planned file differs from the one that stock Keras would write of `arrays`; empty if not.
 
-    Any thread, also while the model trains.
+    Any thread, also while the model trains. Empty too where Keras warns and the user made errors of warnings: then
+    stock Keras writes no file to compare with.
     """
 
     def is_planned(path: str, value: np.ndarray) -> bool:
@@ -97,6 +98,8 @@ def find_difference(model: Model, plan: FilePlan, arrays: Sequence[np.ndarray]) 
 
     try:
         groups, same = _record_file(model, arrays, is_planned)
+    except Warning:  # filters belong to all threads: here none may be changed
+        return ""
     except Exception as error:  # noqa: BLE001  a layer may raise anything
         return f"stock Keras cannot save the model: {type(error).__name__}: {error}"
     differing = [path for path, is_same in same.items() if not is_same]

@@ -136,9 +136,11 @@ def serialize_model(model: Model, saving_lib: ModuleType | None) -> tuple[str | 
     """Returns the JSON that `load_model` needs, or `None` and the reason; `saving_lib` is `find_saving_lib()`."""
     serialize = getattr(saving_lib, "_serialize_model_as_json", None)
     try:
-        if serialize is not None:
-            return serialize(model)[0], ""
-        return json.dumps(keras.saving.serialize_keras_object(model)), ""
+        # Keras's own calls of what NumPy 2 deprecates are no reason, where the user made errors of warnings.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            if serialize is not None:
+                return serialize(model)[0], ""
+            return json.dumps(keras.saving.serialize_keras_object(model)), ""
     except Exception as error:  # noqa: BLE001  # a custom `get_config` may raise anything, which must not cost the save
         return None, _shorten(error)
 
