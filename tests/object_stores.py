@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from offstep.stores.path import open_place
 
 BUCKET = fake_gcs.BUCKET
 SECRETS = (seaweed.ACCESS_KEY, seaweed.SECRET_KEY, "a-token-for-tests")
+_run_numbers = itertools.count()
 _GCS_URL = "TENSORSTORE_GCS_HTTP_URL"
 
 
@@ -70,7 +72,7 @@ def _start_seaweed(stack: ExitStack, directory: Path) -> str:
 @pytest.fixture
 def run(store: Server, request: pytest.FixtureRequest) -> str:
     """The address of a directory of steps that only this test uses."""
-    return store.address(f"{request.node.originalname}-{abs(hash(request.node.name)) % 1000}")
+    return store.address(f"{request.node.originalname}-{next(_run_numbers)}")
 
 
 @pytest.fixture
