@@ -10,7 +10,7 @@ import joint
 import pytest
 from runs import fit, make_model
 
-from offstep import ModelCheckpoint, callbacks, catalog, holders, processes
+from offstep import ModelCheckpoint, catalog, holders, keras_saving, processes
 from offstep.coordination import Group
 
 
@@ -64,7 +64,7 @@ def test_what_one_process_would_decide_for_itself_is_refused(
 ) -> None:
     # One process cannot make an array of several, so this one's is taken for one.
     monkeypatch.setattr(holders, "spans_processes", lambda _: True)
-    for module in (callbacks, processes):
+    for module in (keras_saving, processes):
         monkeypatch.setattr(module, "spans_processes", lambda _: True)
     monkeypatch.setattr(processes, "find_group", lambda: Group(0, 2, None))
     with pytest.raises((ValueError, TypeError), match=re.escape(words)):
