@@ -39,6 +39,9 @@ Model = Any  # Keras carries no types
 Options = dict[str, Any]  # arguments of Keras
 
 
+pytestmark = pytest.mark.usefixtures("programs_on_disk")
+
+
 class Idle(keras.callbacks.Callback):
     """Switches Keras's asynchronous dispatch off, as most callbacks with a batch hook do."""
 
@@ -146,7 +149,10 @@ def list_cases() -> list[Any]:  # of pytest
             continue
         if dispatch is bare and (save_freq == "epoch" or run != "plain"):
             continue  # nothing else than beside_nothing
-        cases.append(pytest.param(run, save_freq, dispatch, id=f"{run}-{save_freq}-{dispatch.__name__}"))
+        # Saves of epochs are made in the same hook whatever the dispatch.
+        is_double = save_freq == "epoch" and dispatch is beside_a_synchronous_one and run not in ("plain", "stopped")
+        marks = [pytest.mark.campaign] if is_double else []
+        cases.append(pytest.param(run, save_freq, dispatch, id=f"{run}-{save_freq}-{dispatch.__name__}", marks=marks))
     return cases
 
 
