@@ -7,13 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import failing_disk
 import pytest
+
+import offstep.disk
+from offstep import commit
 
 pytestmark = pytest.mark.crash
 
+DISKS = pytest.mark.parametrize("disk", ["ext4", "xfs"])
 RUN = Path(__file__).parents[1] / "benchmarks" / "scorecard" / "run.py"
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -42,8 +48,40 @@ def test_without_fsync_a_power_cut_takes_what_was_said_to_be_durable(tmp_path: P
     assert (tally["survived"], tally["lost_bytes"] > 0) == (0, True)
 
 
+@DISKS
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_nothing_is_durable_on_a_disk_that_was_lost_before_its_name_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str, kind: str
+) -> None:
+    """XFS that has shut down lets the fsync of a directory succeed."""
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    import disks
+
+    if reason := disks.why_not_here(disk):
+        pytest.skip(reason)
+    with disks.mounted(disk, tmp_path) as mounted:
+
+        def rename_and_lose(old: str, new: str, directory: int) -> None:
+            os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
+            mounted.cut_power()
+
+        monkeypatch.setattr(offstep.disk, "calls", replace(offstep.disk.calls, rename=rename_and_lose))
+        with pytest.raises(OSError, match="Input/output error"):
+            save(kind, mounted.path / "1")
+        mounted.power_on()
+        assert "1" not in os.listdir(mounted.path)
+
+
+def save(kind: str, final: Path) -> None:
+    if kind == "directory":
+        failing_disk.save(final, b"content")
+        return
+    with commit.StagedFile(final, size_bytes=7) as staged:
+        staged.write(b"content", 0)
+        staged.commit()
+
+
 OURS = pytest.mark.parametrize("peer", ["offstep", "offstep_keras", "offstep_weights", "offstep_tree"])
-DISKS = pytest.mark.parametrize("disk", ["ext4", "xfs"])
 
 
 @pytest.mark.campaign

@@ -40,6 +40,12 @@ def _exchange(first: str, second: str, directory: int) -> None:
     _native.rename_exchange(first, second, directory)
 
 
+def _fsync_parent(descriptor: int) -> None:
+    os.fsync(descriptor)
+    # XFS that has shut down after an error lets the fsync of a directory succeed, but not a look at it.
+    os.fstat(descriptor)
+
+
 def _delete(name: str, directory: int) -> None:
     """Deletes a tree, a file or a link but not what it links to; that there is none is no error."""
     try:
@@ -78,7 +84,7 @@ class Calls:
     link: Callable[[str, str, int], None] = _link
     fsync_file: Callable[[int], None] = os.fsync
     fsync_directory: Callable[[int], None] = os.fsync
-    fsync_parent: Callable[[int], None] = os.fsync
+    fsync_parent: Callable[[int], None] = _fsync_parent
     rename: Callable[[str, str, int], None] = _rename
     adopt: Callable[[str, str, int], None] = _adopt
     exchange: Callable[[str, str, int], None] = _exchange

@@ -26,6 +26,8 @@ Moment = Callable[[Bench, Disk, Trainee], None]
 def cut(bench: Bench, peer: Peer, disk: Disk, moment: Moment, keep: int | None) -> Verdict:
     """Trains on `disk`, cuts its power at the moment, and judges what is there after the next boot.
 
+    The trainee lives on for a moment after the cut, as beside a disk that was pulled out; what it reports then counts.
+
     Args:
         bench: Where the trial takes place.
         peer: Who saves.
