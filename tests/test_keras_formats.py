@@ -29,6 +29,8 @@ from offstep.formats import file_manifest
 Model = Any  # Keras carries no types
 Options = dict[str, Any]  # arguments of Keras
 
+pytestmark = pytest.mark.usefixtures("programs_on_disk")
+
 KINDS: dict[str, Options] = {
     "weights.h5": {"save_weights_only": True},
     "keras": {},
