@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from offstep.buffers import Slot, copy_table, make_plan
 from offstep.errors import CheckpointDamaged
 from offstep.formats.slot_reader import SlotReader
 from offstep.inbox import Inbox
-from offstep.records import Leaf
+from offstep.records import Job, Leaf
 from offstep.stored import Region
 from offstep.wire import Channel
 
@@ -168,6 +171,30 @@ def test_what_was_taken_back_is_not_kept() -> None:
     assert not inbox.kept
     inbox.close()
     theirs.close()
+
+
+def test_who_takes_the_snapshot_and_leaves_at_once_ends_the_waiting(tmp_path: Path) -> None:
+    """The last bytes of the snapshot may be on their way to somebody who has had all he wants."""
+    plan = make_plan([Leaf(("w",), (3, 4), "float32")])
+    text, slot = os.memfd_create("plan"), Slot(plan.slot_bytes, shared=True)
+    os.write(text, json.dumps({"plan": plan.to_json()}).encode())
+    target = str(tmp_path / "3")
+    job = asdict(Job(1, 3, "orbax_directory", target, str(tmp_path), str(tmp_path), slot.number, 1, "tag"))
+    try:
+        for _ in range(60):
+            listener = memory_tier.Listener([memory_tier.Survivor(job, text, slot.fd, {}, False, 30.0)])
+            waiting = threading.Thread(target=listener.wait)
+            waiting.start()
+            found = memory_tier.inherit(tmp_path)
+            assert found is not None
+            assert found.job.step == 3
+            assert found.is_wanted
+            found.close()
+            waiting.join(20)
+            assert not waiting.is_alive()
+    finally:
+        slot.close()
+        os.close(text)
 
 
 def test_a_slot_is_read_chunk_by_chunk_against_its_checksums() -> None:

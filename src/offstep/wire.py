@@ -40,7 +40,8 @@ class Channel:
             return
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
         sent = self.socket.sendmsg([line], [rights])
-        self.socket.sendall(line[sent:])
+        if rest := line[sent:]:  # else the other end may have had all it wants: to send it nothing is an error then
+            self.socket.sendall(rest)
 
     def receive(self, timeout_seconds: float | None = None) -> Message | None:
         """Returns the next message, or `None` after the timeout.
