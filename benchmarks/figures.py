@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PICTURE = HERE.parent / "docs/images/timeline.svg"
 BEGIN, END = "<!-- figures: python benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
-SOURCES = ("2026-11-21-vm-stall.json", "2026-11-21-vm-stall-keras-files.json")
+SOURCES = ("2026-11-21-vm-stall-3.json", "2026-11-21-vm-stall.json", "2026-11-21-vm-stall-keras-files.json")
 
 _HEAD = """\
 | state | saved by | training thread kept for | run lengthened by, per save (effective stall) | finished after |
