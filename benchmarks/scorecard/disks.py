@@ -34,18 +34,18 @@ _MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 _LEAST_MEGABYTES = {"ext4": 8, "xfs": 320}
 
 
-def why_not_here(kind: str) -> str:
-    """Returns why such a file system cannot be made here, or an empty text. `kind` is ext4, xfs or tmpfs."""
+def why_not_here(kind: str) -> str | None:
+    """Returns why such a file system cannot be made here. `kind` is ext4, xfs or tmpfs."""
     if os.geteuid() != 0:
         return "needs root"
     if kind == "tmpfs":
-        return ""
+        return None
     if not Path("/dev/loop-control").exists():
         return "no loop devices"
     if shutil.which(_MAKE[kind][0]) is None:
         return f"no {_MAKE[kind][0]}"
     known = Path("/proc/filesystems").read_text().split()
-    return "" if kind in known else f"the kernel has no {kind}"
+    return None if kind in known else f"the kernel has no {kind}"
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 import struct
@@ -24,7 +23,7 @@ from typing import Any
 from offstep.errors import CheckpointDamaged
 from offstep.inbox import Attached
 from offstep.records import Job, Plan
-from offstep.wire import Channel, Message
+from offstep.wire import Channel, Message, read_json
 
 _PEER = struct.Struct("=iII")  # pid, uid, gid
 _ANSWER_SECONDS = 10.0
@@ -215,7 +214,8 @@ def _receive(root: Path, channel: Channel, held: list[int]) -> Inheritance:
         held.append(message["fd"])
         match message["do"]:
             case "plan":
-                plan = Plan.from_json(_read_plan(held.pop()))
+                plan = Plan.from_json(read_json(message["fd"])["plan"])
+                os.close(held.pop())
             case "attach":
                 attached[message["name"]] = message["fd"]
             case "snapshot":
@@ -234,13 +234,6 @@ def _next(channel: Channel) -> Message:
     if message is None:
         raise TimeoutError("the writer does not answer")
     return message
-
-
-def _read_plan(descriptor: int) -> dict[str, Any]:
-    with open(descriptor, "rb") as file:  # closes the descriptor
-        file.seek(0)
-        data: dict[str, Any] = json.load(file)["plan"]
-    return data
 
 
 def _peer(connection: socket.socket) -> tuple[int, int, int]:

@@ -100,3 +100,11 @@ def spool(text: bytes) -> int:
     with open(descriptor, "wb", closefd=False) as file:
         file.write(text)
     return descriptor
+
+
+def read_json(descriptor: int) -> dict[str, Any]:
+    """Returns what is in the file behind a descriptor that came with a message; it stays open."""
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        data: dict[str, Any] = json.load(file)
+    return data

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import mmap
 import os
 import signal
@@ -36,7 +35,7 @@ from offstep.retry import retry
 from offstep.stores.address import is_address
 from offstep.stores.path import Readable, StorePath, open_place
 from offstep.uploading import Uploader
-from offstep.wire import Channel, Message
+from offstep.wire import Channel, Message, read_json
 
 PROCESS_NICENESS = 5
 _NOTHING = mmap.mmap(-1, mmap.PAGESIZE)  # in the place of a slot
@@ -141,7 +140,7 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
         case "drop_lock":
             os.close(holdings.locks.pop(message["lock"])[1])
         case "add_plan":
-            holdings.plans[message["plan"]] = _prepare(_read_plan(message["fd"]))
+            holdings.plans[message["plan"]] = _prepare(read_json(message["fd"]))
             holdings.plan_texts[message["plan"]] = message["fd"]
         case "drop_plan":
             del holdings.plans[message["plan"]]
@@ -177,13 +176,6 @@ def _keep_slot(message: Message, holdings: _Holdings, local_slots: dict[int, Slo
             buffer.close()
             claim.close()
             os.close(holdings.slot_files.pop(number))
-
-
-def _read_plan(descriptor: int) -> dict[str, Any]:
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        data: dict[str, Any] = json.load(file)
-    return data
 
 
 def _prepare(data: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import faulty
@@ -71,10 +72,6 @@ def _make_run(
                 shutil.rmtree(disk.path / "run")
 
     return run
-
-
-def _needs(kind: str) -> Callable[[], str | None]:
-    return lambda: why_not_here(kind) or None
 
 
 # ------------------------------------------------------------------------------------------------ read-only, or gone
@@ -161,21 +158,21 @@ SCENARIOS = (
         "ext4 is full from the third save on",
         _make_run("ext4", _no_space, 3),
         trials=10,
-        find_obstacle=_needs("ext4"),
+        find_obstacle=partial(why_not_here, "ext4"),
     ),
     Scenario(
         "disk_full_last",
         "tmpfs is full at the last save",
         _make_run("tmpfs", _no_space, 1),
         trials=10,
-        find_obstacle=_needs("tmpfs"),
+        find_obstacle=partial(why_not_here, "tmpfs"),
     ),
     Scenario(
         "inodes_exhausted",
         "ext4 has no more inodes from the third save on",
         _make_run("ext4", _no_inodes, 3, inodes=256),
         trials=10,
-        find_obstacle=_needs("ext4"),
+        find_obstacle=partial(why_not_here, "ext4"),
     ),
     Scenario(
         "read_only",
@@ -198,6 +195,6 @@ SCENARIOS = (
         _hang,
         trials=2,
         peer_trials=2,
-        find_obstacle=_needs("ext4"),
+        find_obstacle=partial(why_not_here, "ext4"),
     ),
 )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench import Bench, Trainee
@@ -91,10 +92,6 @@ def _make_run(kind: str, moment: Moment, keep: int | None) -> Callable[[Bench, P
     return run
 
 
-def _obstacle(kind: str) -> Callable[[], str | None]:
-    return lambda: why_not_here(kind) or None
-
-
 def _make_scenarios(kind: str) -> Iterator[Scenario]:
     about: list[tuple[str, str, Moment, int | None, tuple[str, ...]]] = [
         ("after_durable", "directly after a save was reported durable", right_after_durable, None, ALL),
@@ -110,7 +107,7 @@ def _make_scenarios(kind: str) -> Iterator[Scenario]:
             trials=10,
             peer_trials=5,
             peers=peers,
-            find_obstacle=_obstacle(kind),
+            find_obstacle=partial(why_not_here, kind),
         )
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,10 +21,12 @@ from offstep.errors import CheckpointDamaged
 from offstep.formats.data_file import DataFile, open_data_file
 from offstep.formats.ocdbt_index import FileRange, Index, UnknownLayout
 from offstep.host_memory import make_array
+from offstep.parallel import run_all
 from offstep.records import CRC_BYTES
 from offstep.stored import Region, StoredLeaf, as_dtype
 from offstep.stores.path import Readable, StorePath
 
+_THREADS = "offstep-read"
 _RUN_BYTES = 4 << 20
 _RUN_GAP_BYTES = 4096
 _OBJECT_BLOCK_BYTES = 16 << 20  # of an object in a store, where each request takes tens of milliseconds
@@ -140,7 +141,7 @@ class ImageReader:
             else:
                 results.append(make_array(region.shape, as_dtype(region.leaf.dtype)))
         missing = [piece for piece in pieces if not self._take_kept(piece, results)]
-        run_all(lambda run: self._fetch(run, results), _group(missing), threads)
+        run_all(lambda run: self._fetch(run, results), _group(missing), threads, _THREADS)
         return results
 
     def verify(self, names: Iterable[tuple[str, StoredLeaf]], threads: int, *, is_partial: bool = False) -> None:
@@ -149,9 +150,9 @@ class ImageReader:
             piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0, skips_missing=is_partial)
         ]
         if sum(piece.size for piece in pieces) <= _KEPT_BYTES:
-            run_all(self._keep, _group(pieces), threads)
+            run_all(self._keep, _group(pieces), threads, _THREADS)
         else:
-            run_all(self._check_all, _spread(_group(pieces), threads), threads)
+            run_all(self._check_all, _spread(_group(pieces), threads), threads, _THREADS)
 
     def _open_files(self) -> None:
         ends: dict[str, int] = {}
@@ -274,23 +275,6 @@ class ImageReader:
 
 
 _NOTHING = np.empty(0, np.uint8)
-_T = TypeVar("_T")
-
-
-def run_all(task: Callable[[list[_T]], None], runs: Sequence[list[_T]], threads: int) -> None:
-    """Does all tasks, several at a time; the first failure is raised when none is at work any longer."""
-    if len(runs) <= 1 or threads == 1:
-        for run in runs:
-            task(run)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="offstep-read") as pool:
-        futures = [pool.submit(task, run) for run in runs]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _chunk_key(name: str, position: tuple[int, ...]) -> bytes:

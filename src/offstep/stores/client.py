@@ -7,10 +7,9 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
+from offstep.parallel import run_all
 from offstep.stores.address import Address
 from offstep.stores.faults import Fault, describe_fault
 
@@ -20,6 +19,7 @@ PATIENCE_SECONDS = 30.0
 CONCURRENCY = 4
 """Requests in flight for one checkpoint."""
 
+_THREADS = "offstep-store"
 _LEAST_PATIENCE_SECONDS = 1.0
 _SLOWEST_BYTES_PER_SECOND = 64 << 10  # of one request; silence is noticed much earlier
 _FIRST_PAUSE_SECONDS = 0.1
@@ -156,14 +156,11 @@ class Store:
 
     def put_all(self, objects: Mapping[str, Callable[[], bytes]]) -> None:
         """Writes several objects at a time; each value is made when its turn has come, and forgotten after that."""
-        run_all([partial(self._put_made, key, make) for key, make in objects.items()])
-
-    def _put_made(self, key: str, make: Callable[[], bytes]) -> None:
-        self.put(key, make())
+        run_all(lambda item: self.put(item[0], item[1]()), list(objects.items()), CONCURRENCY, _THREADS)
 
     def delete_all(self, keys: Iterable[str]) -> None:
         """Deletes several objects at a time."""
-        run_all([partial(self.delete, key) for key in keys])
+        run_all(self.delete, list(keys), CONCURRENCY, _THREADS)
 
     def _ask(self, key: str, verb: str, begin: Callable[[], Future], size_bytes: int = 0) -> Any:  # of TensorStore
         pause, fault = _FIRST_PAUSE_SECONDS, _SILENCE
@@ -204,23 +201,6 @@ def _absence() -> bytes:
 
     generation = ts.KvStore.open({"driver": "memory"}).result().read("nothing").result().stamp.generation
     return bytes(generation)
-
-
-def run_all(tasks: Iterable[Callable[[], object]], threads: int = CONCURRENCY) -> None:
-    """Does all tasks, several at a time; the first failure is raised when none is at work any longer."""
-    tasks = list(tasks)
-    if len(tasks) < 2:
-        for task in tasks:
-            task()
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="offstep-store") as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _end_of(prefix: str) -> str:
