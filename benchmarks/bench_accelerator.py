@@ -110,7 +110,8 @@ def measure_transfers(gigabytes: float, leaves: int = 80, repeats: int = 5) -> d
     import jax
     import jax.numpy as jnp
 
-    from offstep.buffers import Slot, make_plan
+    from offstep.buffers import Slot
+    from offstep.plans import make_plan
     from offstep.snapshot import Snapshotter, describe_leaf, has_room
 
     device = jax.devices()[0]

@@ -25,7 +25,8 @@ from rich.table import Table
 from workloads import WORKLOADS, build, shrink
 
 from offstep import keras_state
-from offstep.buffers import Slot, make_plan
+from offstep.buffers import Slot
+from offstep.plans import make_plan
 from offstep.snapshot import Snapshotter, describe_leaf
 
 

@@ -23,10 +23,12 @@ import numpy as np
 import pytest
 
 from offstep import _native, commit
-from offstep.buffers import Slot, copy_table, make_plan
+from offstep.buffers import Slot
+from offstep.copy_table import copy_table
 from offstep.formats import orbax_directory
 from offstep.formats.base_file import BaseFile
 from offstep.frequency import Frequency
+from offstep.plans import make_plan
 from offstep.records import Job, Leaf, Plan
 from offstep.snapshot import Snapshotter, describe_leaf
 from offstep.wire import Channel

@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from offstep.buffers import Slot, item_bytes
+from offstep.buffers import Slot
+from offstep.plans import item_bytes
 from offstep.records import Job, Plan
 from offstep.rendering import read_arrays
 from offstep.writer import Writer

@@ -21,10 +21,12 @@ from processes import find_writers, open_files, wait_for_end, wait_until
 
 import offstep
 from offstep import catalog, memory_tier
-from offstep.buffers import Slot, copy_table, make_plan
+from offstep.buffers import Slot
+from offstep.copy_table import copy_table
 from offstep.errors import CheckpointDamaged
 from offstep.formats.slot_reader import SlotReader
 from offstep.inbox import Inbox
+from offstep.plans import make_plan
 from offstep.records import Job, Leaf
 from offstep.stored import Region
 from offstep.wire import Channel

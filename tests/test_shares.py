@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from offstep.buffers import find_shards
+from offstep.plans import find_shards
 from offstep.records import Leaf
 from offstep.shares import Shares, share_out
 

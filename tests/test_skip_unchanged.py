@@ -20,10 +20,10 @@ from runs import fit, list_steps, make_data, read_state, read_step
 from slots import READERS, Tree, all_readers, assert_same, open_zarr
 
 from offstep import Checkpointer, ModelCheckpoint
-from offstep.buffers import make_plan
 from offstep.formats.base_file import BaseFile, frozen_layouts
 from offstep.formats.ocdbt import BASE_FILE, OWN_FILE, SlotRange
 from offstep.formats.orbax_directory import prepare
+from offstep.plans import make_plan
 from offstep.records import Leaf, Plan
 
 LARGE = 300_000  # elements; more than a page of direct I/O, and not a whole number of pages

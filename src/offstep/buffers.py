@@ -1,245 +1,24 @@
-"""Lays the leaves of a state out in one slot, and keeps slots of shared, pre-touched memory."""
+"""Keeps slots of shared, pre-touched memory, within a budget."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import mmap
 import os
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import ml_dtypes
-import numpy as np
 
 from offstep import _native
 from offstep.errors import BudgetExceeded
-from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
-CHUNK_TARGET_BYTES = 16 << 20
-"""Large leaves are cut into chunks of about this size, so that a resharded restore reads only what it needs."""
-
-_CHUNK_ALIGNMENT = 64
-_SLOT_ALIGNMENT = 4096
-_CHANGING, _LARGE_FROZEN, _SMALL_FROZEN = range(3)  # in this order in a slot
-_LARGE_FROM_BYTES = 1 << 16
-_FEW_ROWS = 64
-_LEAST_ROWS_PER_PADDED = 32
-_BUDGET_FRACTION = 0.8
-
-COPY_ENTRY = np.dtype(
-    [
-        ("source_offset", "<u8"),
-        ("slot_offset", "<u8"),
-        ("size", "<u8"),
-        ("pad", "<u8"),
-        ("source", "<u4"),
-        ("flags", "<u4"),
-    ]
-)
-"""One entry of the table that `_native.gather` reads."""
-
-_WITH_CRC = 1
 CAN_SHARE = hasattr(os, "memfd_create")
 """Whether slots can be memory that another process maps."""
 
+_BUDGET_FRACTION = 0.8
+
 _slot_numbers = itertools.count(1)
-
-
-def item_bytes(dtype: str) -> int:
-    """Returns the size in bytes of one element; `dtype` is a NumPy or ml_dtypes name."""
-    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
-
-
-# ---------------------------------------------------------------------------------------------------- the plan
-
-
-def make_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
-    """Places the leaves in a slot, each cut into contiguous chunks.
-
-    They lie one after another, the frozen ones behind the others: first the large ones, each in whole pages, so that
-    the slot can be written from any of them on without a copy, then the small ones, close together.
-    """
-    leaves = list(leaves)
-    groups: dict[int, list[int]] = {_CHANGING: [], _LARGE_FROZEN: [], _SMALL_FROZEN: []}
-    for index, leaf in enumerate(leaves):
-        groups[_kind(leaf)].append(index)
-    layouts: dict[int, LeafLayout] = {}
-    offset = 0
-    for kind, indices in groups.items():
-        offset = _round_up(offset, _SLOT_ALIGNMENT)
-        for index in indices:
-            layouts[index] = _lay_out(leaves[index], offset)
-            offset = _round_up(layouts[index].end, _SLOT_ALIGNMENT if kind == _LARGE_FROZEN else _CHUNK_ALIGNMENT)
-    slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
-    return Plan(tuple(layouts[index] for index in range(len(leaves))), slot_bytes, tuple(empty_nodes))
-
-
-def _kind(leaf: Leaf) -> int:
-    if not leaf.is_frozen:
-        return _CHANGING
-    size_bytes = math.prod(leaf.shape) * item_bytes(leaf.dtype)
-    return _LARGE_FROZEN if size_bytes >= _LARGE_FROM_BYTES else _SMALL_FROZEN
-
-
-def make_whole_plan(leaves: Iterable[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = ()) -> Plan:
-    """Places the leaves one after another in a slot, each in one piece, also where it is sharded.
-
-    Those without a path start on a page of their own.
-    """
-    layouts: list[LeafLayout] = []
-    offset = 0
-    for index, leaf in enumerate(leaves):
-        if index and bool(leaf.path) != bool(layouts[-1].leaf.path):
-            offset = _round_up(offset, _SLOT_ALIGNMENT)
-        layout = _lay_out(leaf, offset, chunk_shape=tuple(max(1, size) for size in leaf.shape))
-        layouts.append(layout)
-        offset += layout.stride_bytes * layout.chunk_count
-    slot_bytes = _round_up(max(offset, 1), _SLOT_ALIGNMENT)
-    return Plan(tuple(layouts), slot_bytes, tuple(empty_nodes))
-
-
-def _lay_out(leaf: Leaf, offset: int, *, chunk_shape: tuple[int, ...] | None = None) -> LeafLayout:
-    size = item_bytes(leaf.dtype)
-    if chunk_shape is None:
-        chunk_shape = choose_chunk_shape(leaf.shape, leaf.shard_shape or leaf.shape, size)
-    chunk_bytes = math.prod(chunk_shape) * size
-    return LeafLayout(
-        leaf=leaf,
-        chunk_shape=chunk_shape,
-        grid=tuple(-(-whole // part) for whole, part in zip(leaf.shape, chunk_shape, strict=True)),
-        offset=offset,
-        chunk_bytes=chunk_bytes,
-        stride_bytes=_round_up(chunk_bytes + CRC_BYTES, _CHUNK_ALIGNMENT),
-    )
-
-
-def choose_chunk_shape(
-    shape: tuple[int, ...], shard_shape: tuple[int, ...], itemsize: int, target_bytes: int = CHUNK_TARGET_BYTES
-) -> tuple[int, ...]:
-    """Returns a chunk shape whose chunks are contiguous in their shard and near `target_bytes`.
-
-    A chunk never crosses a shard. Only leaves that are not sharded may have a padded last chunk.
-    """
-    chunk = [max(1, size) for size in shard_shape]  # zarr has no chunks of size 0, not even where there are no elements
-    for axis, rows in enumerate(shard_shape):
-        row_bytes = math.prod(shard_shape[axis + 1 :]) * itemsize
-        if rows * row_bytes <= target_bytes:
-            break
-        fitting_rows = target_bytes // row_bytes
-        if fitting_rows > 1:
-            may_pad = rows == shape[axis]
-            chunk[axis] = _rows_per_chunk(rows, fitting_rows, may_pad=may_pad)
-            break
-        chunk[axis] = 1
-    return tuple(chunk)
-
-
-def _rows_per_chunk(rows: int, fitting_rows: int, *, may_pad: bool) -> int:
-    """Picks how many of `rows` go into one chunk: near `fitting_rows`, with little padding or none."""
-    if may_pad:
-        chunks = -(-rows // fitting_rows)
-        if rows >= _FEW_ROWS * chunks:
-            return -(-rows // chunks)  # pads fewer rows than there are chunks
-        return next(count for count in range(fitting_rows, 0, -1) if -rows % count <= rows // _LEAST_ROWS_PER_PADDED)
-    # A prime number of rows must not fall apart into chunks of one row each: a larger chunk is the lesser evil.
-    divisors = [count for low in range(1, math.isqrt(rows) + 1) if rows % low == 0 for count in (low, rows // low)]
-    return min(divisors, key=lambda count: max(count / fitting_rows, fitting_rows / count))
-
-
-def copy_table(plan: Plan) -> np.ndarray:
-    """Returns the `COPY_ENTRY` rows that fill a slot, one per chunk.
-
-    Sources are numbered leaf by leaf, and within a leaf shard by shard in C order over the shard grid.
-    """
-    rows: list[tuple[int, int, int, int, int, int]] = []
-    source = 0
-    for layout in plan.leaves:
-        rows.extend(_leaf_entries(layout, source))
-        source += len(list_shards(layout))
-    return np.array(rows, dtype=COPY_ENTRY)
-
-
-def list_shards(layout: LeafLayout) -> list[int]:
-    """Returns which shards of the leaf its chunks in the slot are taken from, in C order over the shard grid."""
-    if layout.chunks is None:
-        return list(range(shard_count(layout.leaf)))
-    return sorted(set(find_shards(layout)))
-
-
-def find_shards(layout: LeafLayout) -> list[int]:
-    """Returns which shard each chunk in the slot lies in, in C order over the shard grid."""
-    numbers = np.array(layout.numbers, dtype=np.int64)
-    if not layout.grid or not numbers.size:
-        return [0] * len(numbers)
-    shard_shape = layout.leaf.shard_shape or layout.leaf.shape
-    axes = zip(np.unravel_index(numbers, layout.grid), layout.chunk_shape, shard_shape, strict=True)
-    positions = tuple(at * part // own for at, part, own in axes)
-    found: list[int] = np.ravel_multi_index(positions, shard_grid(layout.leaf)).tolist()
-    return found
-
-
-def shard_count(leaf: Leaf) -> int:
-    """Returns how many distinct shards the leaf is made of."""
-    return math.prod(shard_grid(leaf))
-
-
-def shard_grid(leaf: Leaf) -> tuple[int, ...]:
-    """Returns the number of shards along each axis."""
-    shards = zip(leaf.shape, leaf.shard_shape or leaf.shape, strict=True)
-    return tuple(whole // part if part else 1 for whole, part in shards)
-
-
-def _leaf_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
-    leaf = layout.leaf
-    if layout.chunks is None and layout.chunk_count == 1 and shard_count(leaf) == 1:
-        yield 0, layout.offset, layout.chunk_bytes, 0, first_source, _WITH_CRC
-        return
-    if layout.chunks is None and layout.chunk_count == 1:
-        yield from _shard_entries(layout, first_source)
-        return
-    itemsize = item_bytes(leaf.dtype)
-    shard_shape = leaf.shard_shape or leaf.shape
-    sources = {shard: first_source + at for at, shard in enumerate(list_shards(layout))}
-    strides = [math.prod(shard_shape[axis + 1 :]) for axis in range(len(shard_shape))]
-    for at, (number, shard) in enumerate(zip(layout.numbers, find_shards(layout), strict=True)):
-        index = np.unravel_index(number, layout.grid)
-        start = [int(i) * part for i, part in zip(index, layout.chunk_shape, strict=True)]
-        local = [at % part for at, part in zip(start, shard_shape, strict=True)]
-        extent = [min(part, whole - at) for part, whole, at in zip(layout.chunk_shape, leaf.shape, start, strict=True)]
-        size = math.prod(extent) * itemsize
-        yield (
-            sum(at * stride for at, stride in zip(local, strides, strict=True)) * itemsize,
-            layout.offset + at * layout.stride_bytes,
-            size,
-            layout.chunk_bytes - size,
-            sources[shard],
-            _WITH_CRC,
-        )
-
-
-def _shard_entries(layout: LeafLayout, first_source: int) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """Puts the shards together to one array, run by run of what is contiguous in both; there is no checksum then."""
-    leaf, part = layout.leaf, layout.leaf.shard_shape
-    itemsize = item_bytes(leaf.dtype)
-    split = max(axis for axis, (whole, own) in enumerate(zip(leaf.shape, part, strict=True)) if whole != own)
-    strides = [math.prod(leaf.shape[axis + 1 :]) * itemsize for axis in range(len(part))]
-    run_bytes = math.prod(part[split:]) * itemsize
-    for shard, position in enumerate(np.ndindex(*shard_grid(leaf))):
-        start = sum(at * size * stride for at, size, stride in zip(position, part, strides, strict=True))
-        for run, row in enumerate(np.ndindex(*part[:split])):
-            offset = start + sum(at * stride for at, stride in zip(row, strides[:split], strict=True))
-            yield run * run_bytes, layout.offset + offset, run_bytes, 0, first_source + shard, 0
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-# --------------------------------------------------------------------------------------------------- the slots
 
 
 class Claim:
@@ -273,7 +52,7 @@ class Claim:
 
 
 def _claim_offset(slot_bytes: int) -> int:
-    return _round_up(slot_bytes, mmap.ALLOCATIONGRANULARITY)
+    return -(-slot_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
 class Slot:

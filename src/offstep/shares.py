@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from offstep._native import crc32c
-from offstep.buffers import CHUNK_TARGET_BYTES, choose_chunk_shape, find_shards, item_bytes
+from offstep.plans import CHUNK_TARGET_BYTES, choose_chunk_shape, find_shards, item_bytes
 from offstep.records import CRC_BYTES, Leaf, LeafLayout, PathKey, Plan
 
 Holders = Sequence[Sequence[int]]

@@ -22,9 +22,11 @@ import ml_dtypes
 import numpy as np
 
 from offstep import _native
-from offstep.buffers import Slot, copy_table, list_shards, shard_grid
+from offstep.buffers import Slot
+from offstep.copy_table import copy_table
 from offstep.errors import StructureMismatch, UnsupportedLeaf
 from offstep.options import Mode
+from offstep.plans import list_shards, shard_grid
 from offstep.records import Leaf, LeafLayout, PathKey, Plan
 from offstep.sharding import sharding_text
 

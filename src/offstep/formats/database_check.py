@@ -15,7 +15,7 @@ from typing import Any
 import tensorstore as ts
 
 from offstep._native import crc32c
-from offstep.buffers import item_bytes
+from offstep.plans import item_bytes
 from offstep.records import CRC_BYTES, Problem
 
 _ZARR_JSON = "zarr.json"

@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from offstep._native import crc32c
-from offstep.buffers import make_whole_plan
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats.file_manifest import encode_trailer
 from offstep.formats.file_staging import stage_file
 from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
 from offstep.manifest import FileRecord
+from offstep.plans import make_whole_plan
 from offstep.records import Job, Leaf, PathKey, Plan
 
 Checksum = Callable[[memoryview, int], int]

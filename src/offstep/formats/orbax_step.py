@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from offstep import commit, manifest
-from offstep.buffers import make_plan
 from offstep.finiteness import counted_beside
 from offstep.formats import orbax_directory, orbax_objects
 from offstep.formats.base_file import BaseFile, Split
 from offstep.manifest import FileRecord
+from offstep.plans import make_plan
 from offstep.records import Job, Leaf, PathKey, Plan
 from offstep.stores.address import Address, to_place
 
