@@ -110,9 +110,10 @@ def measure_transfers(gigabytes: float, leaves: int = 80, repeats: int = 5) -> d
     import jax
     import jax.numpy as jnp
 
+    from offstep.arrays import describe_leaf
     from offstep.buffers import Slot
     from offstep.plans import make_plan
-    from offstep.snapshot import Snapshotter, describe_leaf, has_room
+    from offstep.snapshot import Snapshotter, has_room
 
     device = jax.devices()[0]
     size = int(gigabytes * 1e9 / 4 / leaves)

@@ -25,9 +25,10 @@ from rich.table import Table
 from workloads import WORKLOADS, build, shrink
 
 from offstep import keras_state
+from offstep.arrays import describe_leaf
 from offstep.buffers import Slot
 from offstep.plans import make_plan
-from offstep.snapshot import Snapshotter, describe_leaf
+from offstep.snapshot import Snapshotter
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from offstep import _native, commit
+from offstep.arrays import describe_leaf
 from offstep.buffers import Slot
 from offstep.copy_table import copy_table
 from offstep.formats import orbax_directory
@@ -30,7 +31,7 @@ from offstep.formats.base_file import BaseFile
 from offstep.frequency import Frequency
 from offstep.plans import make_plan
 from offstep.records import Job, Leaf, Plan
-from offstep.snapshot import Snapshotter, describe_leaf
+from offstep.snapshot import Snapshotter
 from offstep.wire import Channel
 
 Benchmark = Any  # pytest-benchmark carries no types

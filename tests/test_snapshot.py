@@ -18,11 +18,12 @@ import pytest
 from slots import all_readers, assert_same
 
 from offstep import _native
+from offstep.arrays import describe_leaf
 from offstep.buffers import SlotPool
 from offstep.checkpointer import Checkpointer
 from offstep.errors import StructureMismatch, UnsupportedLeaf
 from offstep.plans import make_plan
-from offstep.snapshot import Mode, Snapshotter, describe_leaf, has_room
+from offstep.snapshot import Mode, Snapshotter, has_room
 
 MODES: tuple[Mode, ...] = ("host", "device_copy", "transfer")
 all_modes = pytest.mark.parametrize("mode", MODES)

@@ -19,13 +19,13 @@ import pytest
 from processes import find_writers, wait_for_end, wait_until
 
 from offstep import catalog, writer_process
+from offstep.arrays import describe_leaf
 from offstep.checkpointer import Checkpointer
 from offstep.engine import Engine
 from offstep.errors import SaveFailed, WriterDied
 from offstep.options import Options
 from offstep.pending import PendingSave
 from offstep.records import Target
-from offstep.snapshot import describe_leaf
 
 LARGE = 16 << 20  # elements; a save takes long enough to be met in the middle
 

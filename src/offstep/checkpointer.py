@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from offstep import attachments, catalog, commit, ownership, recovery, retention
+from offstep.arrays import describe_leaf
 from offstep.attachments import Attachment, Value
 from offstep.cards import describe_saves, make_card
 from offstep.engine import Engine
@@ -24,7 +25,6 @@ from offstep.options import Layout, Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
 from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
-from offstep.snapshot import describe_leaf
 from offstep.stored_tree import read_tree
 from offstep.stores.address import Address, Place, to_place
 from offstep.stores.path import Readable, open_place

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from offstep import lifecycle, ownership, shared_writer
+from offstep.arrays import Array
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.errors import SaveFailed
@@ -27,7 +28,7 @@ from offstep.rendering import Rendering
 from offstep.reports import Counts, Reports
 from offstep.retention import Ranking
 from offstep.signals import held_signals
-from offstep.snapshot import Array, Snapshotter
+from offstep.snapshot import Snapshotter
 from offstep.submission import OnDurable, Opened, Submitter, Work
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from offstep.arrays import Array
 from offstep.options import Options
 from offstep.reports import Reports
-from offstep.snapshot import Array
 from offstep.submission import Work, describe_job
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from offstep import keras_files, keras_names, keras_state
+from offstep.arrays import Array, describe_leaf
 from offstep.keras_files import FilePlan
 from offstep.keras_rebuild import Model
 from offstep.records import Leaf, PathKey
 from offstep.rendering import Rendering
-from offstep.snapshot import Array, describe_leaf
 
 DIRECTORY, WEIGHTS, ARCHIVE, LEGACY = "orbax_directory", "keras_weights", "keras_archive", "keras_legacy"
 _RENDERED = "whole_file"

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from offstep.arrays import can_be_pointed_at
 from offstep.host_memory import keep_from_xla
-from offstep.snapshot import can_be_pointed_at
 from offstep.stored import Reader, Region, Span, StoredLeaf, as_dtype, whole
 
 BATCH_BYTES = 32 << 20

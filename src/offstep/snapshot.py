@@ -22,59 +22,18 @@ import ml_dtypes
 import numpy as np
 
 from offstep import _native
+from offstep.arrays import Array, can_be_pointed_at, is_key, platform
 from offstep.buffers import Slot
 from offstep.copy_table import copy_table
-from offstep.errors import StructureMismatch, UnsupportedLeaf
+from offstep.errors import StructureMismatch
 from offstep.options import Mode
 from offstep.plans import list_shards, shard_grid
-from offstep.records import Leaf, LeafLayout, PathKey, Plan
-from offstep.sharding import sharding_text
-
-Array = Any  # jax.Array, np.ndarray or a Python number
+from offstep.records import Leaf, LeafLayout, Plan
 
 _SINGLE_SHARD = (0,)
 _READ_AVAL, _READ_SHARDING = attrgetter("aval"), attrgetter("sharding")
 _IN_TRANSFER_BYTES = 256 << 20  # enough to keep the bus busy, and little beside the slot
 _ROOM = 1.1  # what a copy of the state needs, beside alignment and fragmentation, in states
-
-
-# ------------------------------------------------------------------------------------------------ what is there
-
-
-def describe_leaf(path: tuple[PathKey, ...], array: Array) -> Leaf:
-    """Returns the record of one array of the state.
-
-    Raises:
-        UnsupportedLeaf: it is not an array of numbers.
-    """
-    if isinstance(array, jax.core.Tracer):
-        raise UnsupportedLeaf(f"{'.'.join(map(str, path))}: it is being traced; save outside of jitted functions.")
-    if not isinstance(array, jax.Array):
-        return _describe_host_leaf(path, array)
-    prng_impl = None
-    if _is_key(array):
-        prng_impl = str(jax.random.key_impl(array))
-        array = jax.random.key_data(array)
-    return Leaf(
-        path=path,
-        shape=array.shape,
-        dtype=array.dtype.name,
-        shard_shape=tuple(array.sharding.shard_shape(array.shape)),
-        sharding=sharding_text(array.sharding),
-        prng_impl=prng_impl,
-    )
-
-
-def _describe_host_leaf(path: tuple[PathKey, ...], value: Array) -> Leaf:
-    host = np.asarray(value)
-    name = ".".join(map(str, path))
-    if host.dtype.kind not in "biufcV" or host.dtype.names is not None:
-        raise UnsupportedLeaf(f"{name}: a checkpoint holds arrays of numbers. Received: {type(value).__name__}")
-    kind = "np.ndarray" if isinstance(value, np.ndarray) else "scalar"
-    return Leaf(path=path, shape=host.shape, dtype=host.dtype.name, value_type=kind, shard_shape=host.shape)
-
-
-# ---------------------------------------------------------------------------------------------------- taking it
 
 
 class Snapshotter:
@@ -281,7 +240,7 @@ def _bytes_by_device(arrays: Sequence[Array]) -> dict[Any, int]:  # by jax.Devic
     sizes: dict[Any, int] = {}
     for array in arrays:
         if isinstance(array, jax.Array):
-            data = jax.random.key_data(array) if _is_key(array) else array
+            data = jax.random.key_data(array) if is_key(array) else array
             shard_bytes = math.prod(data.sharding.shard_shape(data.shape)) * data.dtype.itemsize
             for device in data.sharding.addressable_devices:
                 sizes[device] = sizes.get(device, 0) + shard_bytes
@@ -289,7 +248,7 @@ def _bytes_by_device(arrays: Sequence[Array]) -> dict[Any, int]:  # by jax.Devic
 
 
 def _is_on_cpu(arrays: Sequence[Array]) -> bool:
-    return {_platform(array) for array in arrays if isinstance(array, jax.Array)} <= {"cpu"}
+    return {platform(array) for array in arrays if isinstance(array, jax.Array)} <= {"cpu"}
 
 
 def _drain(arrays: list[Array]) -> Iterator[Array]:
@@ -316,7 +275,7 @@ def _detach(shard: Array) -> Array:
     """Returns another array over the same device memory: the host copy that JAX keeps with an array goes with it."""
     if not isinstance(shard, jax.Array):
         return shard
-    return (jax.random.key_data(shard) if _is_key(shard) else shard).addressable_data(0)
+    return (jax.random.key_data(shard) if is_key(shard) else shard).addressable_data(0)
 
 
 def _copy_all(arrays: list[Array]) -> list[Array]:
@@ -358,37 +317,6 @@ def _devices_in_order(sharding: jax.sharding.Sharding) -> object:
     return frozenset(sharding.device_set)
 
 
-def can_be_pointed_at(array: Array) -> bool:
-    """Returns whether the array's shards are plain row-major memory of this host."""
-    if not isinstance(array, jax.Array) or _is_key(array):
-        return False
-    return _platform(array) == "cpu" and _bits(array.dtype) == array.dtype.itemsize * 8 and _is_row_major(array)
-
-
-def _platform(array: jax.Array) -> str:
-    device: Any = next(iter(array.sharding.device_set))  # jax.Device, of which mypy sees nothing
-    return str(device.platform)
-
-
-def _is_key(array: jax.Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jax.dtypes.prng_key))
-
-
-def _bits(dtype: np.dtype) -> int:
-    """Returns the bits of one element on the device, where types below a byte may be packed."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).bits)  # type: ignore[no-untyped-call]
-    if jnp.issubdtype(dtype, jnp.floating):
-        return int(jnp.finfo(dtype).bits)  # type: ignore[no-untyped-call]
-    return dtype.itemsize * 8
-
-
-def _is_row_major(array: jax.Array) -> bool:
-    layout = getattr(getattr(array, "format", None), "layout", None)
-    order = getattr(layout, "major_to_minor", None)
-    return order is None or tuple(order) == tuple(range(array.ndim))
-
-
 def _distinct_shards(layout: LeafLayout, array: Array) -> tuple[int, ...]:
     """Returns which of the addressable shards to read: one replica of each that is in the slot, in C order."""
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
@@ -411,7 +339,7 @@ def _native_dtype(leaf: Leaf) -> np.dtype:
 
 def _to_host(array: Array, dtype: np.dtype) -> np.ndarray:
     """Returns the array in plain memory of this host, in its byte order; a Python number must fit `dtype`."""
-    if isinstance(array, jax.Array) and _is_key(array):
+    if isinstance(array, jax.Array) and is_key(array):
         array = jax.random.key_data(array)
     return np.asarray(array, dtype, order="C")
 

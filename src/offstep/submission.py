@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MethodType
 from typing import Any
 
+from offstep.arrays import Array
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.joint_commit import JointCommits
@@ -19,7 +20,7 @@ from offstep.records import NO_SLOT, Job, Target
 from offstep.rendering import Rendering, make_image, read_arrays
 from offstep.reports import Outcome, Reports
 from offstep.retention import Ranking
-from offstep.snapshot import Array, Snapshotter
+from offstep.snapshot import Snapshotter
 from offstep.stores.address import Address
 from offstep.writer import Writer
 
