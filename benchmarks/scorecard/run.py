@@ -3,6 +3,7 @@
     python benchmarks/scorecard/run.py                            # hours; kept in benchmarks/results/
     python benchmarks/scorecard/run.py --quick                    # does everything work?
     python benchmarks/scorecard/run.py --scenarios kill_trainer --peers offstep model_checkpoint --trials 20
+    python benchmarks/scorecard/run.py --into RESULT --missing --minutes 8  # hours in pieces: repeat it
 
 Each trial trains and saves in a process of its own, in a real `fit` where the peer is a callback. This process keeps
 what was reported durable, does what goes wrong, and has a fresh process without offstep restore what is there and
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from verdict import Tally  # noqa: E402
 from writer_entry import SABOTAGE  # noqa: E402
 
 RESULTS = HERE.parent / "results"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DEFAULT_DIRECTORY = HERE.parents[1] / "build" / "scorecard"
 
 
@@ -52,21 +55,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, help="where results go (benchmarks/results; with --quick or sabotage, DIR)"
     )
     parser.add_argument("--into", type=Path, help="an earlier result, to which these scenarios and peers are added")
+    parser.add_argument("--missing", action="store_true", help="of that, only the trials that it has not yet")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no trial begins")
     options = parser.parse_args(arguments)
+    if options.missing and options.into is None:
+        parser.error("--missing needs --into")
     options.dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is mounted must be unmounted
+    for number in _SIGNALS:
+        signal.signal(number, _leave)
     sweep(options.dir)
     path, data = open_results(options)
+    deadline = time.monotonic() + 60 * options.minutes
     with Bench(options.dir, sabotage=options.sabotage, wrapper=options.wrapper) as bench:
         for name in options.scenarios:
-            result = run_scenario(bench, scenarios[name], options)
-            before = data["scenarios"].get(name, {"peers": {}})
-            data["scenarios"][name] = result | {"peers": before["peers"] | result["peers"]}
-            path.write_text(json.dumps(data, indent=1))
-            path.with_suffix(".txt").write_text(render(data))
+            rows = data["scenarios"].setdefault(name, {"peers": {}})
+            rows["question"] = scenarios[name].question
+            for peer, row in run_scenario(bench, scenarios[name], rows["peers"], deadline, options):
+                rows["peers"][peer] = row
+                keep(path, data)
+    keep(path, data)
     print(f"everything: {path}")
     ours = [row for name in options.scenarios for peer, row in _rows(data, name) if PEERS[peer].is_ours]
     return 0 if all(row["is_clean"] for row in ours) else 1
+
+
+def _leave(number: int, _: object) -> None:
+    """Ends the run in order: what is mounted must be unmounted. A second signal must not disturb that."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # also in `umount`, which inherits that
+    sys.exit(128 + number)
+
+
+def keep(path: Path, data: dict[str, Any]) -> None:  # JSON
+    """Writes what is known so far."""
+    data["scenarios"] = {name: scenario for name, scenario in data["scenarios"].items() if scenario["peers"]}
+    path.write_text(json.dumps(data, indent=1))
+    path.with_suffix(".txt").write_text(render(data))
 
 
 def open_results(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:  # JSON
@@ -81,29 +105,58 @@ def open_results(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:  #
     return path, {"machine": machine, "date": today(), **how, "scenarios": {}}
 
 
-def run_scenario(bench: Bench, scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:  # JSON
-    """Runs one scenario with all its peers, and prints what comes of it."""
+def run_scenario(
+    bench: Bench, scenario: Scenario, before: dict[str, Any], deadline: float, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:  # JSON
+    """Runs one scenario with all its peers; prints and yields what comes of each."""
     print(f"{scenario.name}: {scenario.question}", flush=True)
-    result: dict[str, Any] = {"question": scenario.question, "peers": {}}
     for name in (name for name in options.peers if name in scenario.peers):
+        earlier = before.get(name) if options.missing else None
+        if earlier is not None and _is_complete(earlier, scenario, count_trials(scenario, PEERS[name], options)):
+            continue
         started = time.monotonic()
-        tally = run_peer(bench, scenario, PEERS[name], options)
-        seconds = round(time.monotonic() - started, 1)
-        row = asdict(tally) | {"text": str(tally), "is_clean": tally.is_clean, "seconds": seconds}
-        result["peers"][name] = row
+        if started > deadline:
+            return
+        tally, is_over = run_peer(bench, scenario, PEERS[name], options, earlier, deadline)
+        if not is_over and not scenario.adds_up:
+            return
+        row = asdict(tally) | {"text": str(tally), "is_clean": tally.is_clean, "is_over": is_over}
+        row["seconds"] = round(time.monotonic() - started, 1)
         print(_line(name, row), flush=True)
-    return result
+        yield name, row
 
 
-def run_peer(bench: Bench, scenario: Scenario, peer: Peer, options: argparse.Namespace) -> Tally:
-    """Runs all trials of one peer."""
+def run_peer(
+    bench: Bench,
+    scenario: Scenario,
+    peer: Peer,
+    options: argparse.Namespace,
+    earlier: dict[str, Any] | None,  # JSON
+    deadline: float,
+) -> tuple[Tally, bool]:
+    """Runs the trials of one peer that are missing; returns also whether all that there are have been made."""
     obstacle = scenario.find_obstacle()
     if obstacle is not None:
-        return Tally(skipped=obstacle)
-    trials = scenario.trials if peer.is_ours else scenario.peer_trials
-    trials = options.trials or (scenario.quick if options.quick else trials)
-    bench.rest(f"{options.seed} {scenario.name} {peer.name}")
-    return Tally.of(scenario.run(bench, peer, trials))
+        return Tally(skipped=obstacle), True
+    tally = Tally()
+    if earlier is not None and scenario.adds_up:
+        tally = Tally(**{each.name: earlier[each.name] for each in fields(Tally)})
+    bench.rest(f"{options.seed} {scenario.name} {peer.name}" + (f" {tally.trials}" if tally.trials else ""))
+    count = count_trials(scenario, peer, options) - tally.trials
+    return tally, tally.take(scenario.run(bench, peer, count), deadline)
+
+
+def count_trials(scenario: Scenario, peer: Peer, options: argparse.Namespace) -> int:
+    """Returns how many trials are asked for."""
+    trials: int = scenario.trials if peer.is_ours else scenario.peer_trials
+    return options.trials or (scenario.quick if options.quick else trials)
+
+
+def _is_complete(row: dict[str, Any], scenario: Scenario, count: int) -> bool:  # JSON
+    """Returns whether nothing is missing; numbered cases may come to an end before so many."""
+    if row["skipped"] is not None:
+        return False
+    return bool(row["trials"] >= count or (row.get("is_over") and not scenario.adds_up))
 
 
 def render(data: dict[str, Any]) -> str:  # JSON

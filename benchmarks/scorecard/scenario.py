@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,23 +30,25 @@ class Scenario:
         peer_trials: How many for each other peer.
         quick: How many with `--quick`.
         peers: Names of those it applies to.
+        adds_up: Whether all trials are alike, so that those of several runs add up; else each is a case of its own.
         find_obstacle: Says why it cannot run on this machine (no root, no loop device), or nothing.
     """
 
     name: str
     question: str
-    run: Callable[[Bench, Peer, int], Iterator[Verdict]]
+    run: Callable[[Bench, Peer, int], Generator[Verdict]]
     trials: int = 5
     peer_trials: int = 3
     quick: int = 1
     peers: tuple[str, ...] = ALL
+    adds_up: bool = True
     find_obstacle: Callable[[], str | None] = lambda: None
 
 
-def repeat(trial: Trial) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
+def repeat(trial: Trial) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
     """Makes the trials of a scenario from a function for one, given its number; one that hangs has such a verdict."""
 
-    def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+    def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         for number in range(count):
             yield judge_hanging(lambda number=number: trial(bench, peer, number))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 
@@ -64,18 +67,22 @@ class Tally:
     skipped: str | None = None
     details: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, verdicts: Iterable[Verdict]) -> Tally:
-        """Counts; a trial that raises `Skipped` before any other skips all."""
-        tally = cls()
+    def take(self, verdicts: Generator[Verdict], deadline: float = math.inf) -> bool:
+        """Counts, and returns whether there were no more by the deadline (of `time.monotonic`).
+
+        A trial that raises `Skipped` before any other skips all.
+        """
         try:
-            for verdict in verdicts:
-                tally.add(verdict)
+            with closing(verdicts):
+                for verdict in verdicts:
+                    self.add(verdict)
+                    if time.monotonic() > deadline:
+                        return False
         except Skipped as reason:
-            tally.skipped = str(reason)
+            self.skipped = str(reason)
         except (Hung, Ended) as error:
-            tally.add(judge_accident(error))
-        return tally
+            self.add(judge_accident(error))
+        return True
 
     def add(self, verdict: Verdict) -> None:
         self.trials += 1

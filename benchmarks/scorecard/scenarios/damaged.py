@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from random import Random
@@ -54,8 +54,8 @@ def _checkpoint(bench: Bench, peer: Peer) -> Iterator[tuple[Path, Path]]:
         yield directory, directory / (peer.file or str(_STEP))
 
 
-def _read_damaged(damage: Damage) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
-    def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _read_damaged(damage: Damage) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
+    def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         with _checkpoint(bench, peer) as (directory, checkpoint):
             for _ in range(count):
                 with damage(bench.random, checkpoint) as what:
@@ -83,10 +83,10 @@ def _describe(found: list[Found]) -> str:
     return ", ".join(f"{each.name} is {each.state}: {each.detail}" for each in found)
 
 
-def _verify_damaged(damage: Damage) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
+def _verify_damaged(damage: Damage) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
     """What `verify` finds nothing wrong with must be read with its right values: padding may be damaged."""
 
-    def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+    def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         with _checkpoint(bench, peer) as (directory, checkpoint):
             checker = bench.bear("checker", {})
             with bench.served_by(checker.pid):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -64,8 +64,8 @@ def _train_in(bench: Bench, peer: Peer, disk: Disk, trouble: Trouble, saves: int
 
 def _make_run(
     kind: str, trouble: Trouble, saves: int, inodes: int | None = None
-) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
-    def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
+    def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         with bench.directory() as workplace, mounted(kind, workplace, inodes=inodes) as disk:
             for _ in range(count):
                 yield judge_alone(bench, lambda: _train_in(bench, peer, disk, trouble, saves))
@@ -77,7 +77,7 @@ def _make_run(
 # ------------------------------------------------------------------------------------------------ read-only, or gone
 
 
-def _become_read_only(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _become_read_only(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
     def trial(number: int) -> Verdict:
         disk.order(read_only=False)
         (disk.path / str(number)).mkdir()
@@ -114,7 +114,7 @@ def _delete_directory(bench: Bench, peer: Peer, number: int) -> Verdict:
 # ------------------------------------------------------------------------------------------------------ slow, or hung
 
 
-def _save_slowly(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _save_slowly(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
     def trial(number: int) -> Verdict:
         disk.order(bytes_per_second=_SLOW_BYTES_PER_SECOND)
         (disk.path / str(number)).mkdir()
@@ -133,7 +133,7 @@ def _save_slowly(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
             yield judge_alone(bench, lambda number=number: trial(number))
 
 
-def _hang(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _hang(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
     def trial(seconds: float) -> Verdict:
         directory = disk.path / "run"
         directory.mkdir()
@@ -195,6 +195,7 @@ SCENARIOS = (
         _hang,
         trials=2,
         peer_trials=2,
+        adds_up=False,
         find_obstacle=partial(why_not_here, "ext4"),
     ),
 )

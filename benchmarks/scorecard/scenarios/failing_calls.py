@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import faulty
 from bench import Bench
@@ -33,8 +33,8 @@ def fail(bench: Bench, peer: Peer, disk: FaultyDisk, kind: str, nth: int, code: 
     return bench.judge(trainee, wants_submitted=True), told.failed > 0
 
 
-def _make_run(code: int) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
-    def run(bench: Bench, peer: Peer, most: int) -> Iterator[Verdict]:
+def _make_run(code: int) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
+    def run(bench: Bench, peer: Peer, most: int) -> Generator[Verdict]:
         with bench.directory() as workplace, faulty_mount(bench, workplace) as disk:
             for kind in _KINDS[code]:
                 yield from _until_clean(bench, peer, disk, kind, most, code)
@@ -42,7 +42,7 @@ def _make_run(code: int) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
     return run
 
 
-def _until_clean(bench: Bench, peer: Peer, disk: FaultyDisk, kind: str, most: int, code: int) -> Iterator[Verdict]:
+def _until_clean(bench: Bench, peer: Peer, disk: FaultyDisk, kind: str, most: int, code: int) -> Generator[Verdict]:
     for nth in range(1, most + 1):
         has_failed = True
 
@@ -64,6 +64,7 @@ SCENARIOS = tuple(
         _make_run(code),
         trials=_MOST,
         peer_trials=_MOST,
+        adds_up=False,
         find_obstacle=faulty.why_not_here,
     )
     for name, code in (("eio", errno.EIO), ("enospc", errno.ENOSPC))

@@ -96,6 +96,9 @@ SCENARIOS = (
         repeat(_save_beside_links),
         trials=6,
         quick=3,
+        adds_up=False,
     ),
-    Scenario("linked_folder", "the folder is a link, or is below one", repeat(_save_into_a_link), 4, 2, 2),
+    Scenario(
+        "linked_folder", "the folder is a link, or is below one", repeat(_save_into_a_link), 4, 2, 2, adds_up=False
+    ),
 )

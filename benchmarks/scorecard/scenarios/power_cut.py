@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -82,8 +82,8 @@ def in_retention(bench: Bench, disk: Disk, trainee: Trainee) -> None:
         time.sleep(0.0005)
 
 
-def _make_run(kind: str, moment: Moment, keep: int | None) -> Callable[[Bench, Peer, int], Iterator[Verdict]]:
-    def run(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _make_run(kind: str, moment: Moment, keep: int | None) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
+    def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         with bench.directory() as workplace, mounted(kind, workplace, megabytes=256) as disk:
             for _ in range(count):
                 yield judge_alone(bench, lambda: cut(bench, peer, disk, moment, keep))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 from bench import DEADLINE_SECONDS, Bench, kill
@@ -48,7 +48,7 @@ def _fork(bench: Bench, peer: Peer, number: int) -> Verdict:
         return verdict if status == 0 else replace(verdict, fault=f"it ended with {status}: {trainee.errors[-200:]}")
 
 
-def _read_during_saves(bench: Bench, peer: Peer, count: int) -> Iterator[Verdict]:
+def _read_during_saves(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
     """Each read of the newest checkpoint finds one, whole."""
     with bench.directory() as directory:
         trainee = bench.start(peer, directory, epochs=1_000, batches=1_000, save_every=2, delay_seconds=0.005)
