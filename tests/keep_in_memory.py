@@ -1,7 +1,10 @@
 """Trains with a snapshot in memory after every batch, and kills itself.
 
-python keep_in_memory.py DIRECTORY BATCH      dies before that batch, counted from the start; never where it is -1
-Prints what it was told, and at its end a digest of the state.
+python keep_in_memory.py DIRECTORY BATCH [ADDRESS]
+
+It dies before that batch, counted from the start; never where it is -1. Prints what it was told, and at its end a
+digest of the state. With the address of a store, every fourth step is saved and copied there, and it prints its
+writer's process id before it dies.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import keras
 import numpy as np
+from processes import find_writers
 
 from offstep import ModelCheckpoint
 
@@ -29,6 +33,7 @@ class Die(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if batch == self.batch:
+            print(*(writer.pid for writer in find_writers()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -39,9 +44,11 @@ def main() -> None:
     model = keras.Sequential(layers)
     model.compile("adam", "mse")
     rows = np.linspace(-1, 1, 4 * BATCHES * 6, dtype="float32").reshape(-1, 6)
-    saver = ModelCheckpoint(
-        f"{directory}/{{step}}", save_freq=1000, verbose=1, memory_every=1, memory_linger="60s", resume=True
-    )
+    options: dict[str, Any] = {"filepath": f"{directory}/{{step}}", "save_freq": 1000, "memory_linger": "60s"}
+    if len(sys.argv) > 3:
+        options = {"filepath": f"{sys.argv[3]}/{{step}}", "save_freq": 4, "memory_linger": "1s"}
+        options |= {"local": directory, "retry_seconds": 300}
+    saver = ModelCheckpoint(verbose=1, memory_every=1, resume=True, **options)
     model.fit(rows, rows[:, :1], batch_size=4, verbose=0, callbacks=[saver, Die(batch)])
     values = [np.asarray(variable.value).tobytes() for variable in [*model.variables, *model.optimizer.variables]]
     print(hashlib.sha256(b"".join(values)).hexdigest())

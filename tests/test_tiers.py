@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from fault_proxy import Proxy
 from object_stores import Server, below, download, gs_only, list_objects, proxy, run, store, through
+from processes import wait_for_end, wait_until
 from runs import assert_same, fit, make_model, read_step
 
 import offstep
@@ -20,6 +24,8 @@ from offstep.records import NO_SLOT, Job
 from offstep.stores.path import open_place
 
 __all__ = ["proxy", "run", "store"]  # fixtures
+
+KEEP_IN_MEMORY = Path(__file__).with_name("keep_in_memory.py")
 
 
 def remote_steps(run: str) -> list[int]:
@@ -79,6 +85,23 @@ def test_a_copy_that_fails_is_told_and_the_step_stays_durable(
         fit(make_model(), [callback], epochs=1)
     assert (callback.counts.durable, callback.counts.uploaded) == (1, 0)
     assert list_steps(tmp_path / "run") == [7]
+
+
+@gs_only
+def test_a_snapshot_in_memory_is_durable_before_a_store_has_taken_its_copies(
+    proxy: Proxy, run: str, tmp_path: Path
+) -> None:
+    proxy.fail("black_hole", lambda method, path: path.startswith("/upload/"))
+    local, said = tmp_path / "run", tmp_path / "said"
+    with said.open("wb") as out:
+        killed = subprocess.run([sys.executable, KEEP_IN_MEMORY, local, "7", run], stdout=out, check=False, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: list_steps(local) == [4, 7])
+    assert remote_steps(run) == []
+    proxy.heal()
+    proxy.end()  # whoever was not answered asks again
+    wait_for_end(int(said.read_text().split()[-1]))
+    assert remote_steps(run) == [4]
 
 
 @gs_only

@@ -80,10 +80,10 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
         answer = _handle(message, holdings, local_slots)
         if answer is not None:
             tell(answer)
-    uploader.finish()
-    channel.close()
     kept = inbox.kept.values() if local_slots is None else ()  # a thread dies with the trainer
     survivors = [_rescue(message, holdings) for message in kept]
+    uploader.finish()  # only now: what is being copied is durable already, and a store may take its time
+    channel.close()
     heirs = memory_tier.Listener(survivors) if survivors else None
     for path, descriptor in holdings.locks.values():  # the trainer was killed, and left them to us
         ownership.give_up(path, descriptor)
