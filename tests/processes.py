@@ -48,13 +48,18 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 def wait_for_end(pid: int) -> None:
     """Waits until a process that need not be a child of this one has ended."""
+    assert has_ended(pid, PATIENCE_SECONDS), f"process {pid} does not end"
+
+
+def has_ended(pid: int, timeout_seconds: float) -> bool:
+    """Waits so long for the end of a process; a child of this one that has ended is still to be waited for."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        assert poll.poll(PATIENCE_SECONDS * 1000), f"process {pid} does not end"
+        return bool(poll.poll(max(0.0, timeout_seconds) * 1000))
     finally:
         os.close(descriptor)

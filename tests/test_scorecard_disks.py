@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -79,6 +83,29 @@ def save(kind: str, final: Path) -> None:
     with commit.StagedFile(final, size_bytes=7) as staged:
         staged.write(b"content", 0)
         staged.commit()
+
+
+@pytest.mark.campaign
+def test_nothing_stays_mounted_however_often_the_run_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN), "--quick", "--dir", str(tmp_path), "--peers", "offstep"]
+    with Path("/proc/self/mounts").open() as mounts:
+        run = subprocess.Popen([*command, "--scenarios", "power_cut_ext4_after_durable", "hung_disk"])
+        changes = select.poll()
+        changes.register(mounts, select.POLLPRI)
+        while str(tmp_path) not in Path("/proc/mounts").read_text():
+            changes.poll(100)  # or it has ended: it may not run here
+            if run.poll() is not None:
+                pytest.skip("it ended without a mount")
+    numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    while run.poll() is None:
+        run.send_signal(next(numbers))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(0.05)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+    loops = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    assert not [image for image in loops if str(tmp_path) in image]
+    assert os.listdir(tmp_path) == []
 
 
 OURS = pytest.mark.parametrize("peer", ["offstep", "offstep_keras", "offstep_weights", "offstep_tree"])

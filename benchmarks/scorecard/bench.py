@@ -23,6 +23,7 @@ import psutil
 from model import Shape
 from oracle import Claims, Found, judge
 from peers import Peer
+from processes import has_ended
 from verdict import Ended, Hung, Verdict
 
 HERE = Path(__file__).parent
@@ -170,7 +171,7 @@ class Bench:
             if time.monotonic() > deadline:
                 self.end_all()
                 raise Hung(f"still there: {left}")
-            _wait_for_end(left[0].pid, deadline)
+            _await_and_reap(left[0].pid, deadline - time.monotonic())
 
     def end_all(self) -> None:
         """Kills what is left of a trial."""
@@ -179,7 +180,7 @@ class Bench:
                 with suppress(psutil.NoSuchProcess, ProcessLookupError):
                     process.resume()
                     process.kill()
-            _wait_for_end(left[0].pid, time.monotonic() + 10)
+            _await_and_reap(left[0].pid, 10)
 
     def judge(self, trainee: Trainee, **options: Any) -> Verdict:
         """Judges a trainee that has ended by what can be restored; `options` are those of `oracle.judge`."""
@@ -200,19 +201,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-def _wait_for_end(pid: int, deadline: float) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-    finally:
-        os.close(descriptor)
+def _await_and_reap(pid: int, timeout_seconds: float) -> None:
+    if has_ended(pid, timeout_seconds):
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 class Process:
@@ -259,15 +251,8 @@ class Process:
         if self._status is not None:
             return self._status
         pid = self.pid if self._launcher is None else self._launcher.pid
-        deadline = time.monotonic() + timeout_seconds
-        descriptor = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise Hung("it does not end")
-        finally:
-            os.close(descriptor)
+        if not has_ended(pid, timeout_seconds):
+            raise Hung("it does not end")
         self._status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if self._launcher is not None:
             self._launcher.returncode = self._status

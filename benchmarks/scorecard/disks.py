@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from processes import has_ended
+
 # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN are one number, and so is the flag for "as if the power went":
 # what is not in the journal on the disk by now is lost.
 _SHUTDOWN = 0x8004587D
@@ -238,7 +240,7 @@ def end_users(path: Path) -> None:
     for pid in find_users(path):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        _wait_for_end(pid)
+        has_ended(pid, _PATIENCE_SECONDS)
 
 
 def find_users(path: Path) -> list[int]:
@@ -260,15 +262,3 @@ def _is_below(link: Path, root: str) -> bool:
     except OSError:
         return False
     return target == root or target.startswith(root + "/")
-
-
-def _wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-        except OSError:
-            return
-        if state in (b"Z", b"X"):
-            return
-        time.sleep(0.01)

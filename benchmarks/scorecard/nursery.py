@@ -17,6 +17,7 @@ import sys
 import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, "..", "..", "tests"))  # for processes and failing_disk
 _MOST_BYTES = 1 << 20
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.append(str(HERE.parents[1] / "tests"))  # for processes
 
 from bench import Bench  # noqa: E402
 from disks import sweep  # noqa: E402

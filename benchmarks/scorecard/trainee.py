@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,7 +24,6 @@ from model import Shape, make_batches, make_inputs, make_model
 from peers import PEERS, Peer
 
 _WAIT_AFTER_BATCHES = 2
-TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 @dataclass
@@ -139,7 +137,6 @@ def main(arguments: dict[str, Any]) -> None:
     """Trains to the end, if nothing comes between."""
     trainee = Trainee(Spec(**arguments))
     if trainee.peer.is_ours and trainee.spec.writer is not None:
-        sys.path.append(str(TESTS))  # for failing_disk
         import writer_entry
 
         writer_entry.install(trainee.spec.writer)
