@@ -26,7 +26,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ import jax
 import keras
 import numpy as np
 from equalise import fsync_tree
+from peers import LEAVING_OUT
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -100,6 +101,16 @@ def _offstep(suffix: str = "", **options: Any) -> Callable[[Setup], Contender]: 
             return {save.step: {name: getattr(save, name) for name in names} for save in callback.stats}
 
         return Contender(callback, callback.wait_until_finished, outcomes)
+
+    return make
+
+
+def _leaving_out(parts: Sequence[str]) -> Callable[[Setup], Contender]:
+    def make(setup: Setup) -> Contender:
+        import leaving_out
+
+        leaving_out.install(parts)
+        return _offstep()(setup)
 
     return make
 
@@ -330,6 +341,7 @@ _FACTORIES: dict[str, Callable[[Setup], Contender]] = {
     "offstep": _offstep(),
     "offstep_keras": _offstep(".keras"),
     "offstep_weights": _offstep(".weights.h5", save_weights_only=True),
+    **{name: _leaving_out(parts) for name, parts in LEAVING_OUT.items()},
     "model_checkpoint": _model_checkpoint(".keras"),
     "model_checkpoint_weights": _model_checkpoint(".weights.h5", save_weights_only=True),
     "offstep_never": lambda setup: _offstep()(replace(setup, save_freq=_NEVER)),

@@ -40,6 +40,14 @@ BASELINE = "none"
 OURS = "offstep"
 STOCK = "orbax_checkpoint"
 
+# Peers by name: what their writer leaves out.
+LEAVING_OUT = {
+    "offstep_without_directory_fsyncs": ("directory_fsyncs",),
+    "offstep_without_count": ("count",),
+    "offstep_without_checks": ("checks",),
+    "offstep_without_all": ("directory_fsyncs", "count", "checks"),
+}
+
 _ALL = (
     Peer(BASELINE, "no callback", "never"),
     Peer("idle", "callback that does nothing", "never"),
@@ -59,6 +67,10 @@ _ALL = (
     Peer("model_checkpoint_weights", "keras ModelCheckpoint (.weights.h5)", "call"),
     Peer("offstep_never", "offstep that never saves", "never", needs=("offstep.callbacks",)),
     Peer("model_checkpoint_never", "keras ModelCheckpoint that never saves", "never"),
+    *(
+        Peer(name, f"offstep without {', '.join(parts).replace('_', ' ')}", "own", durable=True)
+        for name, parts in LEAVING_OUT.items()
+    ),
 )
 PEERS = {peer.name: peer for peer in _ALL}
 DEFAULT_PEERS = tuple(peer.name for peer in _ALL[:7])

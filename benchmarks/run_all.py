@@ -39,6 +39,7 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "memory_tier": (),
     "frozen": (),
     "writer": (),
+    "safety": (),
 }
 WITHOUT_OPTIONS = ("copy",)  # takes neither --quick nor --dir
 JSON_LINE = re.compile(r"^all runs: (\S+\.json)$", re.MULTILINE)

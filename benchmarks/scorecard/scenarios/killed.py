@@ -46,6 +46,6 @@ def _kill_writer(bench: Bench, peer: Peer, number: int) -> Verdict:
 
 SCENARIOS = (
     Scenario("kill_trainer", "SIGKILL of the trainer at a random moment", repeat(_kill_trainer), 200, 200, 2),
-    Scenario("kill_both", "SIGKILL of trainer and writer at a random moment", repeat(_kill_both), 200, 0, 2, OURS),
+    Scenario("kill_both", "SIGKILL of trainer and writer at a random moment", repeat(_kill_both), 100, 0, 2, OURS),
     Scenario("kill_writer", "SIGKILL of the writer in mid-run", repeat(_kill_writer), 10, 0, 2, OURS),
 )
