@@ -20,6 +20,7 @@ from slots import save_arrays
 from offstep import Checkpointer, ModelCheckpoint
 from offstep.blocks import read_blocks, split_leaf
 from offstep.discovery import open_checkpoint
+from offstep.formats import file_manifest
 from offstep.stored import StoredLeaf
 
 OK, USAGE, UNSUITABLE, REFUSED = 0, 2, 4, 6
@@ -177,6 +178,10 @@ def test_the_average_of_files_is_a_file_that_keras_reads(
     if suffix == "keras":
         assert keras.saving.load_model(tmp_path / "mean.keras").optimizer.iterations == 14
     assert os.listdir(tmp_path) == [f"mean.{suffix}"]
+    kept = file_manifest.read(tmp_path / f"mean.{suffix}")
+    assert kept is not None
+    assert (kept.step, kept.metrics, kept.extra) == (14, {}, {"averaged": list(map(str, paths))})
+    assert file_manifest.covers(kept.files) == (suffix == "weights.h5")
     assert offstep("verify", tmp_path / f"mean.{suffix}").code == OK
     assert offstep("latest", tmp_path, "--verify").code == OK
 

@@ -69,6 +69,20 @@ def test_files_of_keras_count_by_their_time(tmp_path: Path) -> None:
         assert offstep.latest(tmp_path) == tmp_path / "a.weights.h5"
 
 
+@pytest.mark.parametrize("name", ["{epoch}.weights.h5", "{epoch}.keras"])
+def test_files_of_one_run_count_in_their_order_not_by_their_time(tmp_path: Path, name: str) -> None:
+    fit(make_model(), [ModelCheckpoint(tmp_path / name, in_process=True)], epochs=3)
+    for epoch in (1, 2, 3):  # as a copy leaves them
+        os.utime(tmp_path / name.format(epoch=epoch), (4 - epoch, 4 - epoch))
+    assert offstep.latest(tmp_path) == tmp_path / name.format(epoch=3)
+    (tmp_path / name.format(epoch=3)).write_bytes(b"torn")
+    os.utime(tmp_path / name.format(epoch=3), (0, 0))
+    assert offstep.latest(tmp_path) == tmp_path / name.format(epoch=2)
+    # Of fewer steps, but newer.
+    fit(make_model(), [ModelCheckpoint(tmp_path / f"new-{name}", in_process=True)], epochs=1)
+    assert offstep.latest(tmp_path) == tmp_path / f"new-{name}".format(epoch=1)
+
+
 def test_directories_of_steps_inside_are_found(tmp_path: Path) -> None:
     fit(make_model(), [ModelCheckpoint(tmp_path / "{epoch}-{loss:.2f}", in_process=True)], epochs=2)
     newest = offstep.latest(tmp_path)

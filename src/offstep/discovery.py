@@ -13,9 +13,10 @@ from typing import Any, Literal
 from offstep import catalog
 from offstep.cards import Row, make_card
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, OffstepError, UnsupportedFormat
+from offstep.formats import file_manifest
 from offstep.formats.keras_reader import LEGACY_SUFFIX, SUFFIXES, KerasReader
 from offstep.formats.local_reader import LocalReader, list_common_steps, list_parts
-from offstep.formats.orbax_reader import OrbaxReader, find_item
+from offstep.formats.orbax_reader import OrbaxReader, find_item, parse_manifest, read_manifest
 from offstep.stored import Reader
 from offstep.stores.path import Readable, StorePath, fetch, open_place
 from offstep.stores.staging import MARKER_NAME
@@ -171,8 +172,9 @@ def list_newest_of(places: Sequence[Readable]) -> list[Readable]:
 def latest(directory: catalog.Root, *, verify: bool = False) -> Readable | None:
     """Returns the newest valid checkpoint of a directory, whatever its format; `None` where there is none.
 
-    Steps count by their number, all others by the time at which they were committed. One that is damaged is passed
-    over with a warning that names it: its index cannot be read, or a file is missing or too short.
+    Steps count by their number, files of one run by the order in which it saved them, all others by the time at which
+    they were committed. One that is damaged is passed over with a warning that names it: its index cannot be read, or a
+    file is missing or too short.
 
     Args:
         directory: Of steps, of files that Keras reads, or of such directories; it need not exist.
@@ -256,19 +258,47 @@ def list_checkpoints(directory: Readable) -> list[Readable]:
     steps = [step for step in steps if step.is_dir() and not catalog.is_unfinished(step)]
     if steps:
         return steps
-    found: list[tuple[Age, Readable]] = []
+    found: list[Readable] = []
     for entry in _list_entries(directory):
         is_file = entry.is_file() and entry.name.endswith(SUFFIXES)
         if is_file or (entry.is_dir() and is_checkpoint(entry)):
-            found.append((_read_age(entry), entry))
+            found.append(entry)
         elif entry.is_dir():
-            inner = (entry / str(step) for step in catalog.list_steps(entry))
-            found += [(_read_age(step), step) for step in inner]
-    return [path for _, path in sorted(found, key=lambda pair: (pair[0], str(pair[1])), reverse=True)]
+            found += [entry / str(step) for step in catalog.list_steps(entry)]
+    ages = _read_ages(found)
+    return sorted(found, key=lambda path: (ages[path], str(path)), reverse=True)
 
 
-def _read_age(path: Readable) -> Age:
-    """Returns what orders checkpoints by their age: of a store, which tells no times, the numbers in the name."""
+def _read_ages(paths: Sequence[Readable]) -> dict[Readable, Age]:
+    """Returns what orders checkpoints by their age.
+
+    Those of one run as it saved them: a copy does not keep times, and a clock may be set back. Runs, and what nobody
+    says the run of, by time; in a store, which tells no times, by the numbers in their names.
+    """
+    runs = {path: _read_place(path) for path in paths}
+    times = {path: _read_time(path) for path in paths}
+    newest: dict[str, Age] = {}
+    for path, (run, _) in runs.items():
+        newest[run] = max(newest.get(run, ()), times[path])
+    return {path: (*(newest[run] if run else times[path]), at, *times[path]) for path, (run, at) in runs.items()}
+
+
+def _read_place(path: Readable) -> tuple[str, int]:
+    """Returns the run that wrote a checkpoint and its place in that, as far as it tells."""
+    if isinstance(path, StorePath):
+        return "", -1  # a request for each, where the name tells it too
+    try:
+        if path.is_dir():
+            manifest = read_manifest(path)
+        else:
+            manifest = parse_manifest(text, path) if (text := file_manifest.read_text(path)) else {}
+    except (OffstepError, OSError):  # whoever opens it says so
+        return "", -1
+    number = manifest.get("number")
+    return ("", -1) if number is None else (manifest["run"], number)
+
+
+def _read_time(path: Readable) -> Age:
     if isinstance(path, StorePath):
         return tuple(map(int, re.findall(r"\d{1,18}", str(path.address.key))))
     return (path.stat().st_mtime_ns,)

@@ -50,6 +50,7 @@ class HookedCheckpoint(SavingCheckpoint):
             upload = None if self._second_tier is None else str(self._second_tier.address)
             self._resumption.begin(self._model, self.filepath, upload)
             self._correct_steps()
+        self._get_ready()  # not before: touching the slots would take the processors from the reading
         self._watch()
 
     def _begin(self) -> None:
@@ -61,7 +62,6 @@ class HookedCheckpoint(SavingCheckpoint):
         self._observer.begin(filepath=self.filepath, versions=VERSIONS)
         if self._may_save() or self._has_to_be_ready or self._resumption is not None:
             self._open()  # else it is done by a save that comes nevertheless
-        self._get_ready()
         self._has_begun = True
 
     def _get_ready(self) -> None:
@@ -91,6 +91,7 @@ class HookedCheckpoint(SavingCheckpoint):
                 "super().on_train_begin(logs), and a loop the callback's hook."
             )
         self._begin()
+        self._get_ready()
         self._watch()
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:

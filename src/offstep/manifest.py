@@ -52,6 +52,7 @@ class Manifest:
     Attributes:
         step: Training step.
         run: Names the run that wrote it.
+        number: Orders the saves of that run.
         epoch: From 1, if known.
         batch: From 1, if it was saved after a batch.
         metrics: Numbers kept with the checkpoint; they may be NaN or infinite.
@@ -65,6 +66,7 @@ class Manifest:
 
     step: int
     run: str = ""
+    number: int | None = None
     epoch: int | None = None
     batch: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -195,6 +197,7 @@ def _to_manifest(document: dict[str, Json]) -> Manifest:
     return Manifest(
         step=int(document["step"]),
         run=str(document.get("run", "")),
+        number=document.get("number"),
         epoch=document.get("epoch"),
         batch=document.get("batch"),
         metrics={str(name): _to_number(value) for name, value in document["metrics"].items()},

@@ -19,6 +19,9 @@ from offstep.stored import Reader, Region, Span, StoredLeaf, as_dtype, whole
 BATCH_BYTES = 32 << 20
 """Leaves are read together up to this size: enough to keep disk and threads busy."""
 
+IN_PLACE_BYTES = 8 * BATCH_BYTES
+"""So much at a time of what needs no memory of the host."""
+
 _OVERWRITTEN_FROM_BYTES = 1 << 20
 _WORTH_COMPILING_BYTES = 32 << 20
 _MANY, _TOGETHER = 256, 16
@@ -156,13 +159,13 @@ class _Memory:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def split_batches(leaves: Sequence[StoredLeaf]) -> Iterator[list[int]]:
+def split_batches(leaves: Sequence[StoredLeaf], limit_bytes: int = BATCH_BYTES) -> Iterator[list[int]]:
     """Yields the indices of leaves to be read together."""
     batch: list[int] = []
     total = 0
     for number, leaf in enumerate(leaves):
         size = leaf.size_bytes
-        if batch and total + size > BATCH_BYTES:
+        if batch and total + size > limit_bytes:
             yield batch
             batch, total = [], 0
         batch.append(number)

@@ -34,6 +34,7 @@ from offstep.matching import (
 )
 from offstep.matching import Path as LeafPath
 from offstep.placement import (
+    IN_PLACE_BYTES,
     Array,
     Destination,
     choose_overwritten,
@@ -256,7 +257,7 @@ def _fill(target: ModelTarget, reader: Reader, pairs: Sequence[tuple[int, Stored
     large = choose_overwritten([(leaf, target.leaves[number].dtype) for number, leaf in pairs])
     is_large = frozenset(large)
     others = [pair for at, pair in enumerate(pairs) if at not in is_large]
-    for batch in split_batches([pairs[at][1] for at in large]):
+    for batch in split_batches([pairs[at][1] for at in large], IN_PLACE_BYTES):
         chosen = [pairs[large[at]] for at in batch]
         memories = [target.open_memory(number) for number, _ in chosen]
         others += [pair for pair, memory in zip(chosen, memories, strict=True) if memory is None]

@@ -16,7 +16,8 @@ from offstep import commit
 from offstep._native import crc32c
 from offstep.blocks import split_leaf
 from offstep.errors import UnsupportedFormat
-from offstep.formats import orbax_step
+from offstep.formats import file_manifest, orbax_step
+from offstep.manifest import build
 from offstep.orbax_documents import read_documents, read_empty_nodes, read_shardings
 from offstep.publishing import map_pages, open_scratch, publish
 from offstep.records import CRC_BYTES, Job, Leaf, LeafLayout, Plan
@@ -26,7 +27,6 @@ Values = Callable[[Region], np.ndarray]
 """Gives the new values of a part of a leaf, with its shape and dtype."""
 
 _MEMBER = "model.weights.h5"
-_MANIFEST_NAME = "offstep.json"  # it speaks of the old values
 SUFFIXES = {"orbax_directory": "", "keras_weights": ".weights.h5", "keras_archive": ".keras"}
 
 
@@ -37,7 +37,7 @@ def rewrite(source: Reader, target: Path, values: Values, extra: dict[str, Any])
         source: Open for reading.
         target: Its name ends as the format of `source` wants it; what is there is replaced.
         values: Gives the new values.
-        extra: Kept in the manifest, where the format has one.
+        extra: Kept in the manifest.
 
     Raises:
         UnsupportedFormat: `target` has the suffix of another format.
@@ -54,13 +54,21 @@ def rewrite(source: Reader, target: Path, values: Values, extra: dict[str, Any])
     if not suffix:
         _rewrite_directory(source, target, values, extra)
     elif suffix == ".keras":
-        _rewrite_archive(source, target, values)
+        _rewrite_archive(source, target, values, extra)
     else:
         with open_scratch(target.parent) as file:
             with source.file.open("rb") as original:
                 shutil.copyfileobj(original, file)
             _overwrite(file, source, values)
+            file_manifest.append_trailer(file, _describe(source, extra))
             publish(file, target)
+
+
+def _describe(source: Reader, extra: dict[str, Any]) -> dict[str, Any]:  # JSON
+    """Returns what the manifest says: of metrics nothing, they were of other values."""
+    found = source.contents.manifest
+    about = {key: found[key] for key in ("epoch", "versions") if key in found}
+    return about | {"step": int(found.get("step", 0)), "extra": extra}
 
 
 # --- Orbax -----------------------------------------------------------------------------------------------------------
@@ -71,11 +79,12 @@ def _rewrite_directory(source: Reader, target: Path, values: Values, extra: dict
     leaves = [_to_leaf(leaf, shardings) for leaf in source.contents.leaves]
     plan = orbax_step.place(leaves, read_empty_nodes(source.path))
     prepared = orbax_step.prepare(plan, read_documents(source.path))
-    about = {key: source.contents.manifest[key] for key in ("epoch", "versions") if key in source.contents.manifest}
-    step = int(source.contents.manifest.get("step", target.name if target.name.isdecimal() else 0))
+    about = _describe(source, extra)
+    if "step" not in source.contents.manifest and target.name.isdecimal():
+        about["step"] = int(target.name)
     job = Job(
         number=1,
-        step=step,
+        step=about["step"],
         format="orbax_directory",
         target=str(target),
         base=str(target.parent),
@@ -83,7 +92,7 @@ def _rewrite_directory(source: Reader, target: Path, values: Values, extra: dict
         slot=0,
         plan=0,
         tag=secrets.token_hex(8),
-        manifest=about | {"step": step, "extra": extra},
+        manifest=about,
     )
     with open_scratch(target.parent) as file, map_pages(file, plan.slot_bytes) as slot:
         _fill(slot, plan, source, values)
@@ -123,7 +132,7 @@ def _make_chunk(layout: LeafLayout, leaf: StoredLeaf, position: tuple[int, ...],
 # --- Keras -----------------------------------------------------------------------------------------------------------
 
 
-def _rewrite_archive(source: Reader, target: Path, values: Values) -> None:
+def _rewrite_archive(source: Reader, target: Path, values: Values, extra: dict[str, Any]) -> None:  # JSON
     with (
         zipfile.ZipFile(source.file) as original,
         open_scratch(target.parent) as weights,
@@ -135,13 +144,12 @@ def _rewrite_archive(source: Reader, target: Path, values: Values) -> None:
         weights.seek(0)
         with zipfile.ZipFile(file, "w") as archive:
             for info in original.infolist():
-                if info.filename == _MANIFEST_NAME:
-                    continue
                 with (
                     archive.open(info.filename, "w", force_zip64=True) as copy,
                     weights if info.filename == _MEMBER else original.open(info) as member,
                 ):
                     shutil.copyfileobj(member, copy)
+            archive.comment = build(_describe(source, extra), {}, None)
         publish(file, target)
 
 

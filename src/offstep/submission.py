@@ -235,7 +235,7 @@ def describe_job(work: Work, step: int, target: Target, options: Options) -> Job
         keep=target.keep,
         replace_all=target.replace_all,
         siblings=target.siblings,
-        manifest=(work.manifest or {}) | {"step": step, "run": work.opened.writer.run},
+        manifest=(work.manifest or {}) | {"step": step, "run": work.opened.writer.run, "number": work.number},
         ranking=asdict(work.ranking or Ranking()),
         lock=work.opened.lock_number,
         full_every=options.full_every,

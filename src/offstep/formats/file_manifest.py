@@ -8,17 +8,21 @@ A further member of the archive would make stock `load_model` unpack all of them
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from offstep import manifest
 from offstep._native import crc32c
 from offstep.manifest import FileRecord, Manifest
 from offstep.records import Job, Problem
 from offstep.stores.path import Readable, StorePath
+
+WEIGHTS_NAME = "model.weights.h5"
+"""What a manifest calls the HDF5 file that it is about, in an archive or bare."""
 
 _BLOCK_BYTES = 8 << 20
 _FOOTER = struct.Struct("<Q8s")
@@ -33,6 +37,20 @@ def encode_trailer(job: Job, records: dict[str, FileRecord], nonfinite: int | No
     """Returns what follows the HDF5 file."""
     text = manifest.build(job.manifest, records, nonfinite)
     return text + _FOOTER.pack(len(text), _MARK)
+
+
+def append_trailer(file: IO[bytes], about: Mapping[str, Any]) -> None:  # JSON
+    """Puts a manifest behind an HDF5 file that somebody else has written.
+
+    Args:
+        file: Open for reading and writing.
+        about: What to say of it; see `manifest.build`.
+    """
+    file.flush()
+    file.seek(0)
+    size, crc = _add_up(file, os.fstat(file.fileno()).st_size)
+    text = manifest.build(about, {WEIGHTS_NAME: FileRecord(size, crc)}, None)
+    file.write(text + _FOOTER.pack(len(text), _MARK))
 
 
 def encode_comment(job: Job, records: dict[str, FileRecord], nonfinite: int | None) -> bytes:
@@ -135,9 +153,13 @@ def check(path: Path, files: Mapping[str, FileRecord]) -> Problem | None:
 
 def _checksum(path: Path, size: int) -> tuple[int, int]:
     """Returns how many of the first `size` bytes there are, and their CRC-32C."""
-    crc = done = 0
     with path.open("rb", buffering=0) as file:
-        while block := file.read(min(_BLOCK_BYTES, size - done)):
-            crc = crc32c(block, crc)
-            done += len(block)
+        return _add_up(file, size)
+
+
+def _add_up(file: IO[bytes], size: int) -> tuple[int, int]:
+    crc = done = 0
+    while block := file.read(min(_BLOCK_BYTES, size - done)):
+        crc = crc32c(block, crc)
+        done += len(block)
     return done, crc

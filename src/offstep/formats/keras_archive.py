@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from offstep.finiteness import counted_beside, float_table
-from offstep.formats.file_manifest import encode_comment
+from offstep.formats.file_manifest import WEIGHTS_NAME, encode_comment
 from offstep.formats.file_staging import stage_file
-from offstep.formats.keras_weights import WEIGHTS_NAME, computed_beside, make_plan_skeleton, round_to_pages
+from offstep.formats.keras_weights import computed_beside, make_plan_skeleton, round_to_pages
 from offstep.formats.model_config import ModelConfig, parse_config
 from offstep.formats.stored_zip import SMALLEST_PADDING, Member, Moment, encode_directory, encode_header
 from offstep.manifest import FileRecord

@@ -18,7 +18,7 @@ from typing import Any
 
 from offstep._native import crc32c
 from offstep.finiteness import counted_beside, float_table
-from offstep.formats.file_manifest import encode_trailer
+from offstep.formats.file_manifest import WEIGHTS_NAME, encode_trailer
 from offstep.formats.file_staging import stage_file
 from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
 from offstep.manifest import FileRecord
@@ -27,8 +27,6 @@ from offstep.records import Job, Leaf, PathKey, Plan
 
 Checksum = Callable[[memoryview, int], int]
 
-WEIGHTS_NAME = "model.weights.h5"
-"""What the manifest calls the file, which may be renamed."""
 PAGE_BYTES = 4096
 _IO_THREADS = 2
 

@@ -7,9 +7,9 @@ import struct
 from typing import Any
 
 from offstep._native import crc32c
-from offstep.formats.file_manifest import encode_comment, encode_trailer
+from offstep.formats.file_manifest import WEIGHTS_NAME, encode_comment, encode_trailer
 from offstep.formats.file_staging import stage_file
-from offstep.formats.keras_weights import PAGE_BYTES, WEIGHTS_NAME, computed_beside
+from offstep.formats.keras_weights import PAGE_BYTES, computed_beside
 from offstep.manifest import FileRecord
 from offstep.records import Job, Plan
 
