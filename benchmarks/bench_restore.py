@@ -275,8 +275,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     for workload in arguments.workloads:
         results[workload] = measure(workload, arguments.peers, repeats, arguments.dir)
         print_results(console, workload, results[workload])
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
