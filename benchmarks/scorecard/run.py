@@ -170,7 +170,7 @@ def render(data: dict[str, Any]) -> str:  # JSON
 
 
 def _rows(data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
-    return list(data["scenarios"][name]["peers"].items())
+    return list(data["scenarios"].get(name, {"peers": {}})["peers"].items())  # else the time was over before
 
 
 def _line(peer: str, row: dict[str, Any]) -> str:
