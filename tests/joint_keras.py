@@ -76,7 +76,8 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     model = make_model()
     recorder = Recorder(2)
-    ours = ModelCheckpoint(directory / "root" / "{step}", save_freq=2, **options.get("arguments", {}))
+    template = options.get("filepath", directory / "root" / "{step}")
+    ours = ModelCheckpoint(template, save_freq=2, **options.get("arguments", {}))
     rows = 8 * options["batches"]
     # Each process feeds its part of each batch.
     data = np.random.default_rng(jax.process_index()).random((rows, 8), "float32")

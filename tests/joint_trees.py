@@ -168,4 +168,5 @@ if __name__ == "__main__":
     settings = json.loads(text)
     if settings.get("is_on_hosts"):  # each process has a disk of its own
         folder = f"{folder}/host_{index}"
-    print(json.dumps({"save": save, "suffer": suffer, "restore": restore}[settings["do"]](Path(folder), settings)))
+    root = folder if "://" in folder else Path(folder)
+    print(json.dumps({"save": save, "suffer": suffer, "restore": restore}[settings["do"]](root, settings)))

@@ -19,7 +19,7 @@ from offstep.attachments import Attachment, Value
 from offstep.cards import describe_saves, make_card
 from offstep.engine import Engine
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedLeaf
-from offstep.holders import own_path, spans_processes
+from offstep.holders import own_path
 from offstep.leaf_paths import list_paths, path_keys
 from offstep.options import Layout, Mode, OnBusy, OnError, Options
 from offstep.pending import PendingSave
@@ -308,8 +308,6 @@ class Checkpointer:
             raise UnsupportedLeaf(f"a bare array has no name; put it into a dict. Received: {type(tree).__name__}")
         leaves = [describe_leaf(path, array) for path, array in zip(paths, arrays, strict=True)]
         leaves = [replace(leaf, is_frozen=bool(self._is_frozen(leaf.name))) for leaf in leaves]
-        if isinstance(self.directory, Address):
-            refuse_spanning(arrays, str(self.directory))
         self._engine.open(
             leaves,
             arrays,
@@ -332,15 +330,6 @@ def check_remote(*, private: bool, takeover: bool) -> None:
         raise ValueError("who may read what is in a store, its bucket says. Received: private=True")
     if takeover:
         raise ValueError("in a store there are no locks to take over. Received: takeover=True")
-
-
-def refuse_spanning(arrays: Sequence[Any], address: str) -> None:
-    """Raises a `ValueError` for a state of several processes, which goes to file systems only."""
-    if any(map(spans_processes, arrays)):
-        raise ValueError(
-            "a state that spans several processes is saved to a shared file system, or to one of each host; copy what "
-            f"is durable from there to the store. Received: {address}"
-        )
 
 
 def _pack_extra(extra: Mapping[str, Value] | None) -> dict[str, Attachment]:

@@ -12,18 +12,20 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from offstep import commit, manifest
+from offstep import commit
 from offstep.attachments import Attachment, attach_text
 from offstep.coordination import PRIMARY, Group, ServiceLost
 from offstep.formats import orbax_merged, orbax_share
+from offstep.joint_save import Failure, JointSave, Upload, describe, refuse
 from offstep.records import NO_SLOT, Job
 from offstep.signals import held_signals
+from offstep.stores.address import is_address
 from offstep.writer import Outcome, Writer
 
 _GRACE = 0.1  # how much longer than the primary the others wait for what it decides, as a part of `commit_seconds`
@@ -31,37 +33,6 @@ _LEAST_GRACE_SECONDS = 1.0
 _FOREVER_SECONDS = 3600.0
 _SHOWN = 8
 _engine_numbers = itertools.count(1)  # the processes open their engines in the same order
-
-
-@dataclass(eq=False)
-class _Save:
-    """One save of this process, from its snapshot to what became of the checkpoint. The fields below `deadline` are
-    guarded by `JointCommits._changed`.
-    """
-
-    job: Job
-    attachments: Mapping[str, Attachment]
-    on_submitted: Callable[[], None]
-    on_written: Callable[[], None]
-    on_outcome: Callable[[Outcome], None]
-    deadline: float  # time.monotonic()
-    key: str = ""  # the same in all processes; empty until the share is submitted
-    staged: Path | None = None  # where the share is
-    written: Outcome | None = None  # what the writer says of the share
-    merged: Outcome | None = None  # what it says of the whole
-    is_settled: bool = False
-    is_refused: bool = False  # it is known that it has failed in all processes
-
-    def remaining_seconds(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
-
-
-class _Failure(Exception):
-    """Why there will be no checkpoint, as all processes are told."""
-
-    def __init__(self, text: str, code: int | None = None) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class JointCommits:
@@ -96,10 +67,10 @@ class JointCommits:
         self._changed = threading.Condition()  # guards everything below, and the saves
         # Names this engine in all processes and runs; `None` until it is known that the primary has opened it.
         self._session = f"{writer.run}/{number}" if self.is_primary else None
-        self._unsubmitted: deque[_Save] = deque()
-        self._uncommitted: deque[_Save] = deque()
-        self._finished: deque[tuple[_Save, Outcome]] = deque()
-        self._in_writer: list[_Save] = []  # once for each job that the writer has
+        self._unsubmitted: deque[JointSave] = deque()
+        self._uncommitted: deque[JointSave] = deque()
+        self._finished: deque[tuple[JointSave, Outcome]] = deque()
+        self._in_writer: dict[int, tuple[Job, Callable[[Outcome], None]]] = {}  # by number
         self._is_closed = False
         # Daemons, because `close` at exit waits for their work before it ends them.
         self._threads = [
@@ -128,6 +99,7 @@ class JointCommits:
         on_submitted: Callable[[], None],
         on_written: Callable[[], None],
         on_outcome: Callable[[Outcome], None],
+        upload: Upload | None = None,
     ) -> None:
         """Takes a save; never waits. Its share goes to the writer at once, or when the primary has begun.
 
@@ -137,9 +109,10 @@ class JointCommits:
             on_submitted: Called when the writer has the share, or never will.
             on_written: Called when the slot is free again. Both on any thread.
             on_outcome: Called once by `take_in`, with what became of the checkpoint, as the writer would say it.
+            upload: A copy to be made when it is durable; the primary's is.
         """
         deadline = time.monotonic() + self._commit_seconds
-        save = _Save(job, attachments, on_submitted, on_written, on_outcome, deadline)
+        save = JointSave(job, attachments, on_submitted, on_written, on_outcome, upload, deadline)
         with self._changed:
             self._unsubmitted.append(save)
             self._uncommitted.append(save)
@@ -193,42 +166,41 @@ class JointCommits:
                 job = replace(job, manifest=job.manifest | {"part": part})
             else:
                 job = replace(job, format="orbax_share", key=save.key)
-                save.staged = orbax_share.staging_path(job)
+                save.staged = None if is_address(job.target) else orbax_share.staging_path(job)
             own = save.attachments if self._is_local else {}
-            self._hand_over(save, job, partial(self._note_written, save), own)
+            self._hand_over(job, partial(self._note_written, save), own)
             save.on_submitted()
 
     def _hand_over(
-        self,
-        save: _Save,
-        job: Job,
-        on_outcome: Callable[[Outcome], None],
-        attachments: Mapping[str, Attachment] | None = None,
+        self, job: Job, on_outcome: Callable[[Outcome], None], attachments: Mapping[str, Attachment] | None = None
     ) -> None:
-        """With `_changed` held."""
-        self._in_writer.append(save)
-        try:
-            self._writer.submit(job, on_outcome, attachments or {})
-        except Exception as error:  # noqa: BLE001  it fails like a save that the writer could not write
-            on_outcome(_describe(error))
-        self._changed.notify_all()
-
-    def _note_written(self, save: _Save, outcome: Outcome) -> None:
-        """On whichever thread collects."""
+        """Has the writer do a job; `on_outcome` is called on whichever thread collects."""
         with self._changed:
-            self._in_writer.remove(save)
+            self._in_writer[job.number] = job, on_outcome
+            try:
+                self._writer.submit(job, partial(self._note, job.number), attachments or {})
+            except Exception as error:  # noqa: BLE001  it fails like a save that the writer could not write
+                self._note(job.number, describe(error))
+            self._changed.notify_all()
+
+    def _note(self, number: int, outcome: Outcome) -> None:
+        with self._changed:
+            _, on_outcome = self._in_writer.pop(number, (None, None))
+        if on_outcome is not None:  # else it has been given up
+            on_outcome(outcome)
+            self.wake()
+
+    def _note_written(self, save: JointSave, outcome: Outcome) -> None:
+        with self._changed:
             save.written = outcome
             save.on_written()
-            self._changed.notify_all()
             is_late = save.is_settled
         if is_late:
-            _discard(save)
+            self._discard(save)
 
-    def _note_merged(self, save: _Save, outcome: Outcome) -> None:
+    def _note_merged(self, save: JointSave, outcome: Outcome) -> None:
         with self._changed:
-            self._in_writer.remove(save)
             save.merged = outcome
-            self._changed.notify_all()
 
     def _collect_all(self) -> None:
         """Takes the writer's reports in as they come: the training thread may be far from its next hook."""
@@ -236,15 +208,15 @@ class JointCommits:
             try:
                 self._writer.collect(_FOREVER_SECONDS, until=lambda: not self._in_writer)
             except Exception as error:  # noqa: BLE001  no writer can be started, for one
-                self._give_up(_describe(error))
+                self._give_up(describe(error))
 
     def _give_up(self, outcome: Outcome) -> None:
-        for save in list(self._in_writer):
-            note = self._note_written if save.written is None else self._note_merged
-            if self._writer.call_off(save.job.number):
-                note(save, outcome)
+        for number, (job, _) in list(self._in_writer.items()):
+            # A job without a slot cannot be called off: it may still be done.
+            if job.slot == NO_SLOT or self._writer.call_off(number):
+                self._note(number, outcome | {"is_unsure": job.slot == NO_SLOT})
 
-    def _wait_for_work(self, work: Sequence[object]) -> bool:
+    def _wait_for_work(self, work: Collection[object]) -> bool:
         """Returns false once it is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or bool(work))
@@ -261,7 +233,7 @@ class JointCommits:
             try:
                 outcome = self._commit(save)
             except Exception as error:  # noqa: BLE001  whatever it is, the training thread must hear of it
-                outcome = _describe(error)
+                outcome = describe(error)
             with self._changed:
                 save.is_settled = True
                 self._uncommitted.popleft()
@@ -271,62 +243,62 @@ class JointCommits:
                 save.on_submitted()
                 self._finished.append((save, outcome))
                 self._changed.notify_all()
-            if save.written is not None:
-                _discard(save)
+                is_written = save.written is not None
+            if is_written:
+                self._discard(save)
+            self._upload(save, outcome)
 
-    def _commit(self, save: _Save) -> Outcome:
+    def _commit(self, save: JointSave) -> Outcome:
         self._meet(save)
         report: dict[str, Any]
         try:
             report = self._await_share(save)
-        except _Failure as failure:
-            report = _describe(failure)
+        except Failure as failure:
+            report = describe(failure)
         if not self.is_primary:
             self._group.put(f"{save.key}/{self._group.index}", json.dumps(report))
-            _refuse(report)
+            save.is_refused = "error" in report  # the primary never commits without it
+            refuse(report)
             self._await_decision(save)
             return self._describe_durable(save, self._retire(save))
         try:
             reports = self._gather(save, report)
             merged = None if self._is_local else self._merge(save, reports)
-        except _Failure as failure:
-            save.is_refused = True
-            self._decide(save, _describe(failure))
+        except Failure as failure:
+            save.is_refused = not failure.is_unsure
+            self._decide(save, describe(failure))
             raise
         self._decide(save, {})
         return self._describe_durable(save, merged or self._retire(save))
 
-    def _meet(self, save: _Save) -> None:
+    def _meet(self, save: JointSave) -> None:
         """Waits until the primary has begun: then the target is its own, and it sweeps there no more."""
         if self._session is None:
             session = self._group.get(self._meeting_key, save.remaining_seconds())
             if session is None:
-                raise _Failure(f"process {PRIMARY} has not begun to save within {self._commit_seconds:g} s")
+                raise Failure(f"process {PRIMARY} has not begun to save within {self._commit_seconds:g} s")
             with self._changed:
                 self._session = session
                 self._submit_shares()
 
-    def _await_share(self, save: _Save) -> dict[str, Any]:
+    def _await_share(self, save: JointSave) -> dict[str, Any]:
         """Returns what to report of this process's share."""
         with self._changed:
             self._changed.wait_for(lambda: save.written is not None, save.remaining_seconds())
             written = save.written
         if written is None:
-            raise _Failure(f"its share was not written within {self._commit_seconds:g} s")
-        _refuse(written)
+            raise Failure(f"its share was not written within {self._commit_seconds:g} s")
+        refuse(written)
         common = {"step": save.job.step, "digest": self._digest}
-        if save.staged is None:
+        if self._is_local:
             return common
-        note = manifest.parse((save.staged / orbax_share.NOTE_NAME).read_bytes())
-        files = {name: [record.size, record.crc32c] for name, record in note.files.items()}
-        common["target"] = save.job.target
-        return common | {"staged": str(save.staged), "files": files, "nonfinite": note.nonfinite}
+        return {**common, **written["note"], "target": save.job.target, "staged": str(save.staged or "")}
 
-    def _gather(self, save: _Save, own: dict[str, Any]) -> list[dict[str, Any]]:
+    def _gather(self, save: JointSave, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the reports of all processes.
 
         Raises:
-            _Failure: one has failed, is late, or has saved something else; it is named.
+            Failure: one has failed, is late, or has saved something else; it is named.
         """
         reports: list[dict[str, Any]] = []
         for process in range(self._group.count):
@@ -334,20 +306,20 @@ class JointCommits:
             if process != self._group.index:
                 text = self._group.get(f"{save.key}/{process}", save.remaining_seconds())
             if text is None:
-                raise _Failure(self._describe_missing(save))
+                raise Failure(self._describe_missing(save))
             report = json.loads(text)
             if "error" in report:
-                raise _Failure(f"process {process}: {report['error']}", report["errno"])
+                raise Failure(f"process {process}: {report['error']}", report["errno"])
             if report["digest"] != own["digest"]:
-                raise _Failure(f"process {process} has saved another structure than process {PRIMARY}")
+                raise Failure(f"process {process} has saved another structure than process {PRIMARY}")
             if report.get("target") != own.get("target"):
-                raise _Failure(
+                raise Failure(
                     f"process {process} has saved to {report['target']}, process {PRIMARY} to {own['target']}"
                 )
             reports.append(report)
         return reports
 
-    def _describe_missing(self, save: _Save) -> str:
+    def _describe_missing(self, save: JointSave) -> str:
         missing = [
             process
             for process in range(self._group.count)
@@ -359,28 +331,56 @@ class JointCommits:
             "is it alive, and does it save at the same steps?"
         )
 
-    def _merge(self, save: _Save, reports: list[dict[str, Any]]) -> Outcome:
+    def _merge(self, save: JointSave, reports: list[dict[str, Any]]) -> Outcome:
         assert self._merged_plan is not None
         attached = {**save.attachments, orbax_merged.REPORTS_NAME: attach_text(json.dumps(reports))}
-        return self._have_done(save, attached, format="orbax_merged", plan=self._merged_plan, key=save.key)
+        with self._changed:
+            busy = tuple(other.job.target for other in self._uncommitted if other is not save)
+        about = {"plan": self._merged_plan, "key": save.key, "busy": busy}
+        return self._have_done(save, attached, format="orbax_merged", **about)
 
-    def _retire(self, save: _Save) -> Outcome | None:
+    def _retire(self, save: JointSave) -> Outcome | None:
         """Lets older steps go from this process's own disk, now that all have this one."""
         return self._have_done(save, {}, format="orbax_retire") if self._is_local else None
 
-    def _have_done(self, save: _Save, attachments: Mapping[str, Attachment], **changes: Any) -> Outcome:
+    def _have_done(self, save: JointSave, attachments: Mapping[str, Attachment], **changes: Any) -> Outcome:
         """Has the writer do a job without a slot."""
-        number = self._writer.next_job_number()
-        job = replace(save.job, number=number, tag=self._writer.job_tag(number), slot=NO_SLOT, **changes)
+        self._hand_over(self._make_job(save, **changes), partial(self._note_merged, save), attachments)
         with self._changed:
-            self._hand_over(save, job, partial(self._note_merged, save), attachments)
             self._changed.wait_for(lambda: save.merged is not None)
         assert save.merged is not None
         if "error" in save.merged:
-            raise _Failure(f"process {self._group.index}: {save.merged['error']}", save.merged["errno"])
+            refuse(save.merged | {"error": f"process {self._group.index}: {save.merged['error']}"})
         return save.merged
 
-    def _decide(self, save: _Save, decision: dict[str, Any]) -> None:
+    def _make_job(self, save: JointSave, **changes: Any) -> Job:
+        number = self._writer.next_job_number()
+        return replace(save.job, number=number, tag=self._writer.job_tag(number), slot=NO_SLOT, **changes)
+
+    def _discard(self, save: JointSave) -> None:
+        """Deletes what is left of the share: all of it, or the directory that it was taken from.
+
+        On a disk of this process's own it is the step, in a store a part of it: there as far as it is known that
+        nobody will ever read it.
+        """
+        is_lost = save.is_refused and save.written is not None and "error" not in save.written
+        with contextlib.suppress(OSError):  # the next start sweeps what is left, and what some lack is never taken
+            if save.staged is not None:
+                commit.discard(save.staged)
+            elif self._is_local and is_lost:
+                commit.remove_directory(Path(save.job.target))
+            elif not self._is_local and not self._is_closed and save.is_refused and (is_lost or self.is_primary):
+                self._hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
+
+    def _upload(self, save: JointSave, outcome: Outcome) -> None:
+        """Has a copy made of a step that is durable: before a later one is committed, which may retire it."""
+        if save.upload is not None and "error" in outcome:
+            save.upload.on_outcome({"withdrawn": True})
+            self.wake()
+        elif save.upload is not None:
+            self._hand_over(save.upload.job, save.upload.on_outcome)
+
+    def _decide(self, save: JointSave, decision: dict[str, Any]) -> None:
         """Tells all what became of it. Those that cannot hear look into the directory."""
         with contextlib.suppress(ServiceLost):
             self._group.put(f"{save.key}/decision", json.dumps(decision))
@@ -389,7 +389,7 @@ class JointCommits:
             while self._old_keys[0][0] < now:
                 self._group.delete(self._old_keys.popleft()[1])
 
-    def _await_decision(self, save: _Save) -> None:
+    def _await_decision(self, save: JointSave) -> None:
         seconds = save.remaining_seconds() + self._grace_seconds
         try:
             decision = self._group.get(f"{save.key}/decision", seconds)
@@ -397,42 +397,23 @@ class JointCommits:
         except ServiceLost as error:
             decision, reason = None, f"the coordination service does not answer ({error})"
         if decision is not None:
-            save.is_refused = decision != "{}"
-            _refuse(json.loads(decision))
-        elif self._is_local or not orbax_merged.is_committed(Path(save.job.target), save.key, self._group.count):
-            raise _Failure(reason)
+            told = json.loads(decision)
+            save.is_refused = "error" in told and not told.get("is_unsure", False)
+            refuse(told)
+        elif self._is_local or not self._look_for(save, reason):
+            raise Failure(reason)
 
-    def _describe_durable(self, save: _Save, merged: Outcome | None = None) -> Outcome:
+    def _look_for(self, save: JointSave, reason: str) -> bool:
+        """Returns whether the step has been committed."""
+        try:
+            return orbax_merged.is_committed(save.job.target, save.key, self._group.count)
+        except OSError as error:
+            raise Failure(f"{reason}, and it cannot be looked for: {error}", is_unsure=True) from error
+
+    def _describe_durable(self, save: JointSave, merged: Outcome | None = None) -> Outcome:
         assert save.written is not None
         last = {"durable_at": time.monotonic()} if merged is None else merged
         parts = [save.written] if merged is None else [save.written, merged]
         sums = {name: sum(part[name] for part in parts) for name in ("cpu_seconds", "write_seconds", "written_bytes")}
         remarks = [remark for part in parts for remark in part["remarks"]]
         return {**save.written, **last, **sums, "remarks": remarks}
-
-
-def _describe(error: Exception) -> Outcome:
-    if isinstance(error, _Failure):
-        return {"error": str(error), "errno": error.code}
-    if isinstance(error, ServiceLost):
-        return {"error": f"the coordination service of JAX does not answer ({error})", "errno": None}
-    return {"error": f"{type(error).__name__}: {error}", "errno": error.errno if isinstance(error, OSError) else None}
-
-
-def _refuse(report: Mapping[str, Any]) -> None:
-    """Raises what another thread, or process, reports as a failure."""
-    if "error" in report:
-        raise _Failure(report["error"], report["errno"])
-
-
-def _discard(save: _Save) -> None:
-    """Deletes what is left of the share: all of it, or the directory that it was taken from.
-
-    On a disk of this process's own it is the step, as far as it is known that nobody will restore it.
-    """
-    if save.staged is None and save.is_refused and save.written is not None and "error" not in save.written:
-        with contextlib.suppress(OSError):  # as it is not on all disks, it is never taken
-            commit.remove_directory(Path(save.job.target))
-    if save.staged is not None:
-        with contextlib.suppress(OSError):  # the next start sweeps what is left
-            commit.discard(save.staged)

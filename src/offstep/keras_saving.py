@@ -15,7 +15,6 @@ from offstep import keras_formats, keras_state, ownership, recovery
 from offstep.attachments import Attachment, packable_items
 from offstep.batches import Logs, StepCounter, plain_numbers
 from offstep.cards import describe_saves, make_card
-from offstep.checkpointer import refuse_spanning
 from offstep.destination import Destination
 from offstep.engine import Engine
 from offstep.holders import spans_processes
@@ -260,8 +259,6 @@ class SavingCheckpoint(DecidingCheckpoint):
         )
         if any(map(spans_processes, arrays)):
             self._refuse_own_decisions()
-            if self._destination.is_remote:
-                refuse_spanning(arrays, self.filepath)
         for note in form.notes:
             self._tell_once(note)
         self._order, self._iteration_index = form.order, form.iteration_index

@@ -52,7 +52,8 @@ class Membership:
         if self.shares is None:
             number = writer.add_plan(self.plan, _DIRECTORY, documents)
         else:
-            number = writer.add_plan(self.plan, "orbax_share", {"process": self.group.index})
+            own = {"process": self.group.index, "commits": self.group.index == PRIMARY}
+            number = writer.add_plan(self.plan, "orbax_share", own)
         if self.shares is not None and self.group.index == PRIMARY:
             about = {"model": documents, "places": self.shares.places, "processes": self.group.count}
             merged = writer.add_plan(self.plan, "orbax_merged", about)

@@ -198,6 +198,7 @@ class Job:
         private: Nobody but the owner may read the checkpoint.
         key: Tells the save from all others, where several processes make one checkpoint; the same in all of them.
         source: Directory of the durable step to copy, for the format `upload`.
+        busy: Other targets of saves that are on their way: what lies there is no leftover.
     """
 
     number: int
@@ -221,6 +222,20 @@ class Job:
     private: bool = False
     source: str = ""
     key: str = ""
+    busy: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the writer of one of several processes has written of a checkpoint that they make together.
+
+    Attributes:
+        written_bytes: Bytes of all files or objects.
+        note: What the process that commits has to know of it; JSON.
+    """
+
+    written_bytes: int
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

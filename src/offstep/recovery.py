@@ -1,12 +1,15 @@
-"""What dead runs left in a directory of steps: put back or swept."""
+"""What dead runs left in a directory of steps, or in a store: put back or swept."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from offstep import catalog, commit, ownership
+from offstep.stores.address import Address
+from offstep.stores.path import StorePath
 
 
 def recover(root: Path) -> None:
@@ -17,6 +20,23 @@ def recover(root: Path) -> None:
     put_back_replaced(root)
     for leftover in catalog.leftovers(root):
         commit.discard(leftover)
+
+
+def sweep_store(root: Address, is_spared: Callable[[str], bool]) -> None:
+    """Deletes what dead runs left of steps in a store that were never committed.
+
+    Args:
+        root: Of the steps.
+        is_spared: Tells of the key of an object whether it belongs to a live run.
+
+    Raises:
+        OSError: something may be left.
+    """
+    place = StorePath(root)
+    for step in catalog.named_steps(place):
+        attempt = place / str(step)
+        if catalog.is_unfinished(attempt):
+            attempt.remove(is_spared)
 
 
 def hold(lock_path: Path, *, takeover: bool, policy: ownership.Policy | None = None) -> ownership.Lock:

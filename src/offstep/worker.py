@@ -20,19 +20,21 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from offstep import catalog, commit, memory_tier, ownership, recovery, retention
 from offstep.buffers import Claim, Slot
 from offstep.errors import TargetInUse
-from offstep.formats import FORMATS, file_manifest
+from offstep.formats import FORMATS, file_manifest, orbax_share_objects
 from offstep.inbox import Attached, Inbox, drop
 from offstep.manifest import Manifest
-from offstep.records import NO_SLOT, Job, Plan
+from offstep.records import NO_SLOT, Job, Plan, Share
 from offstep.retention import Kept, Ranking
 from offstep.retry import retry
-from offstep.stores.address import is_address
+from offstep.stores.address import Address, is_address, to_place
+from offstep.stores.client import Unanswered
 from offstep.stores.path import Readable, StorePath, open_place
 from offstep.uploading import Uploader
 from offstep.wire import Channel, Message, read_json
@@ -198,24 +200,26 @@ def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.
         _check_lock(job, holdings)
         remarks += _look_after(job, holdings)
         plan, slot = holdings.plans[job.plan], _NOTHING if job.slot == NO_SLOT else holdings.slots[job.slot]
-        written_bytes, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
+        written, remark = retry(lambda: _write(job, plan, slot, attachments), job.retry_seconds)
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it
         return _describe_failure(job, error)
     if remark is not None:
         remarks.append(f"step {job.step} is durable, but {remark}")
     durable_at = time.monotonic()
+    share = written if isinstance(written, Share) else Share(written)
     retired: list[str] = []
     answer: Message = {
         "job": job.number,
         "durable_at": durable_at,
         "cpu_seconds": time.process_time() - cpu_start,
         "write_seconds": durable_at - started,
-        "written_bytes": written_bytes,
+        "written_bytes": share.written_bytes,
+        "note": share.note,
         "remarks": remarks,
         "retired": retired,
     }
     try:
-        busy = holdings.uploader.sources if holdings.uploader is not None else frozenset()
+        busy = frozenset(job.busy) | (holdings.uploader.sources if holdings.uploader is not None else frozenset())
         retired.extend(map(str, _retire(job, holdings.census, busy)))  # what went before an error is in it too
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
@@ -227,7 +231,7 @@ def _describe_failure(job: Job, error: Exception) -> Message:
     if code is None:
         traceback.print_exc()  # not the disk's fault, so ours
     text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-    return {"job": job.number, "error": text, "errno": code}
+    return {"job": job.number, "error": text, "errno": code, "is_unsure": isinstance(error, Unanswered)}
 
 
 def _upload(job: Job, census: catalog.Census) -> Message:
@@ -255,12 +259,14 @@ def _look_after(job: Job, holdings: _Holdings) -> list[str]:
 
     Of the root that is locked the trainer did so; there only what an earlier writer of this trainer left is put back.
     """
-    root = Path(job.root)
-    if job.root in holdings.roots or is_address(job.root) or not root.is_dir():
+    root = to_place(job.root)
+    if job.root in holdings.roots or not (job.format == "orbax_merged" if isinstance(root, Address) else root.is_dir()):
         return []
     holdings.roots.add(job.root)
     try:
-        if ownership.is_alone(root):
+        if isinstance(root, Address):
+            recovery.sweep_store(root, partial(orbax_share_objects.is_of_run, key=job.key))
+        elif ownership.is_alone(root):
             recovery.recover(root)
         elif job.lock is not None and ownership.owns(holdings.locks[job.lock][0], root):
             recovery.put_back_replaced(root)
@@ -269,7 +275,7 @@ def _look_after(job: Job, holdings: _Holdings) -> list[str]:
     return []
 
 
-def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
+def _write(job: Job, prepared: Any, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int | Share:
     if isinstance(prepared, Exception):
         raise prepared
     if not is_address(job.base) and not Path(job.base).is_dir():
@@ -303,7 +309,8 @@ def _retire(job: Job, census: catalog.Census, busy: frozenset[str] = frozenset()
         _remove(root / str(step))
         yield root / str(step)
     for attempt in catalog.abandoned(root, job.step):
-        _remove(attempt)
+        if str(attempt) not in busy:
+            _remove(attempt)
 
 
 def _remove(checkpoint: Readable) -> None:

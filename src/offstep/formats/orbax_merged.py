@@ -10,37 +10,23 @@ import json
 import mmap
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offstep import commit, manifest
-from offstep.formats import orbax_directory, orbax_share, orbax_step
+from offstep.formats import orbax_directory, orbax_merged_objects, orbax_share, orbax_step
 from offstep.formats.ocdbt import Entry, SlotRange, prepare_database
-from offstep.formats.orbax_directory import STATE, ArrayItem, PreparedDirectory
+from offstep.formats.orbax_directory import STATE, ArrayItem
+from offstep.formats.orbax_merged_objects import PreparedStep, Report
+from offstep.formats.orbax_share_objects import item_name
 from offstep.manifest import FileRecord
 from offstep.records import CRC_BYTES, Job, LeafLayout, Plan
+from offstep.stores.address import Address, to_place
 
 REPORTS_NAME = "reports.json"
 """Attachment with what each process has reported of its share: too long for a message where there are thousands."""
 
 Place = tuple[int, int]  # process, offset in its data file
-Report = dict[str, Any]  # JSON
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """What is the same in each step of one plan.
-
-    Attributes:
-        directory: All but the arrays of the state.
-        item: The index over all databases.
-        processes: How many there are.
-    """
-
-    directory: PreparedDirectory
-    item: ArrayItem
-    processes: int
 
 
 def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedStep:  # JSON
@@ -62,10 +48,13 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
     """Commits the step whose shares are durable; returns the bytes that were written beside them.
 
     Raises:
-        OSError: it is not durable; nothing that was there before is touched.
+        OSError: it is not durable; nothing that was there before is touched, but see `orbax_merged_objects.write`.
     """
-    target = Path(job.target)
+    target = to_place(job.target)
     reports: list[Report] = json.loads(bytes(attachments[REPORTS_NAME]))
+    if isinstance(target, Address):
+        own = {name: buffer for name, buffer in attachments.items() if name != REPORTS_NAME}
+        return orbax_merged_objects.write(job, target, prepared, reports, own)
     if _is_done(job, target, reports):
         return 0
     commit.refuse_foreign(target)
@@ -93,7 +82,7 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
         # Last: what fails before this can be tried again.
         for process, share in enumerate(reports):
             if share["files"]:
-                name = orbax_share.item_name(process)
+                name = item_name(process)
                 places = [Path(share["staged"]), *(attempt / STATE for attempt in attempts)]
                 found = next((place for place in places if (place / name).is_dir()), places[0])
                 staged.adopt(found / name, f"{STATE}/{name}")
@@ -107,13 +96,20 @@ def _is_done(job: Job, target: Path, reports: list[Report]) -> bool:
     """Returns whether an earlier writer has committed it, and died before it could say so."""
     if all(Path(share["staged"]).is_dir() for share in reports):
         return False
-    return is_committed(target, job.key, len(reports))
+    return is_committed(str(target), job.key, len(reports))
 
 
-def is_committed(target: Path, key: str, processes: int) -> bool:
-    """Returns whether a checkpoint is the one that was saved under a key."""
+def is_committed(target: str, key: str, processes: int) -> bool:
+    """Returns whether a checkpoint is the one that was saved under a key.
+
+    Raises:
+        OSError: a store does not answer.
+    """
+    place = to_place(target)
+    if isinstance(place, Address):
+        return orbax_merged_objects.is_committed(place, key)
     try:
-        written = manifest.read(target)
+        written = manifest.read(place)
     except (OSError, ValueError):
         return False
     names = () if written is None else written.files
@@ -136,7 +132,7 @@ def _list_chunks(layout: LeafLayout, places: list[Place]) -> Iterator[Entry]:
 
 
 def _data_path(key: str, process: int) -> str:
-    return f"{orbax_share.item_name(process)}/{orbax_share.data_file(key, process)}"
+    return f"{item_name(process)}/{orbax_share.data_file(key, process)}"
 
 
 def _index_files(prepared: PreparedStep, key: str) -> dict[str, orbax_directory.Parts]:

@@ -15,6 +15,7 @@ from offstep.finiteness import counted_beside
 from offstep.formats.base_file import Run, Split
 from offstep.formats.ocdbt import OWN_FILE, SlotRange
 from offstep.formats.orbax_directory import (
+    ArrayItem,
     Parts,
     PreparedDirectory,
     database_files,
@@ -78,7 +79,7 @@ def data_objects(
     piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, Parts]:
     """Returns what `orbax_directory.data_files` does, with the slot in pieces; the commit marker ends with `nonce`."""
-    split = cut_slot(prepared, piece_bytes)
+    split = cut_slot(prepared.state, piece_bytes)
     others = [name_data_file() for _ in range(split.runs[-1].file)]
     files = document_files(prepared, step=step, target=target, now_ns=now_ns)
     files[MARKER_NAME] = (*files[MARKER_NAME], b"\n", nonce)
@@ -86,10 +87,10 @@ def data_objects(
     return files | database_files(spread(prepared, split), split.pieces(slot, OWN_FILE), now_ns, others)
 
 
-def cut_slot(prepared: PreparedDirectory, piece_bytes: int) -> Split:
+def cut_slot(item: ArrayItem, piece_bytes: int) -> Split:
     """Returns the slot as data files of about `piece_bytes` each; no chunk lies in two of them."""
-    starts = sorted({value.offset for _, value in prepared.state.entries if isinstance(value, SlotRange)})
-    bounds = [0, *_choose_cuts(starts, prepared.state.image_bytes, piece_bytes), prepared.state.image_bytes]
+    starts = sorted({value.offset for _, value in item.entries if isinstance(value, SlotRange)})
+    bounds = [0, *_choose_cuts(starts, item.image_bytes, piece_bytes), item.image_bytes]
     runs = tuple(Run(start, stop - start, number, 0) for number, (start, stop) in enumerate(pairwise(bounds)))
     nothing = np.empty(0, np.uint32)  # there is no base
     return Split(runs, None, False, 0, nothing, nothing)

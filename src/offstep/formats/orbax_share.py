@@ -1,7 +1,6 @@
 """What one training process writes of an Orbax step: its chunks, in a database of its own, which nobody reads yet.
 
-It stays under a temporary name until the process that commits takes the database over. Beside it lies a note of what
-was written, for the trainer.
+It stays under a temporary name until the process that commits takes the database over.
 """
 
 from __future__ import annotations
@@ -10,39 +9,19 @@ import hashlib
 import mmap
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from offstep import commit, manifest
 from offstep.finiteness import counted_beside, float_table
-from offstep.formats.orbax_directory import ArrayItem, database_files, prepare_item
-from offstep.records import Job, Plan
-
-NOTE_NAME = "share.json"
-"""The note, a manifest of the share alone."""
+from offstep.formats import orbax_share_objects
+from offstep.formats.orbax_directory import database_files, prepare_item
+from offstep.formats.orbax_share_objects import PreparedShare, item_name
+from offstep.records import Job, Plan, Share
+from offstep.stores.address import Address, to_place
 
 _IO_THREADS = 2
-
-
-@dataclass(frozen=True)
-class PreparedShare:
-    """What is the same in each share of one plan.
-
-    Attributes:
-        process: Which one writes it.
-        item: The database; `None` where the process has nothing to write.
-        own_floats: Where the floating leaves lie that no other process writes.
-    """
-
-    process: int
-    item: ArrayItem | None
-    own_floats: bytes
-
-
-def item_name(process: int) -> str:
-    """Returns the name of a process's database."""
-    return f"ocdbt.process_{process}"
 
 
 def data_file(key: str, process: int) -> str:
@@ -61,22 +40,27 @@ def staging_path(job: Job) -> Path:
 
 
 def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedShare:  # JSON
-    """Makes what is the same in each share of one plan; the documents are `{"process": int}`."""
+    """Makes what is the same in each share of one plan; the documents are `{"process": int, "commits": bool}`."""
     assert documents is not None
     process = documents["process"]
     own = tuple(layout for layout in plan.leaves if layout.chunk_count)
     item = prepare_item(item_name(process), replace(plan, leaves=own)) if own else None
-    return PreparedShare(process, item, float_table(plan))
+    return PreparedShare(process, documents["commits"], item, float_table(plan))
 
 
-def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
-    """Makes one snapshot's share durable under its temporary name; returns the bytes that were written.
+def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> Share:
+    """Makes one snapshot's share durable under its temporary name, or in pieces in a store.
+
+    The note has `files`, by name their sizes and checksums (in a store `pieces`, the sizes of the objects), and
+    `nonfinite`, how many values are NaN or infinite.
 
     Raises:
         OSError: it is not durable, and nothing of it is left.
     """
     assert not attachments, "they are committed with the step"
-    target = Path(job.target)
+    target = to_place(job.target)
+    if isinstance(target, Address):
+        return orbax_share_objects.write(job, target, prepared, slot)
     commit.make_root(Path(job.root))
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:
         with counted_beside(view, prepared.own_floats) as nonfinite:
@@ -87,7 +71,7 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
             records = manifest.record_files(files)
             sizes = staged.write(files, io_threads=_IO_THREADS)
             del files  # they refer to the slot
-        text = manifest.build(job.manifest, records, nonfinite())
-        staged.write({NOTE_NAME: (text,)})
+        wrong = nonfinite()
         staged.keep()
-    return sum(sizes.values())
+    listed = {name: (record.size, record.crc32c) for name, record in records.items()}
+    return Share(sum(sizes.values()), {"files": listed, "nonfinite": wrong})

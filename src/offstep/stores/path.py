@@ -9,7 +9,7 @@ import io
 import os
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -156,11 +156,12 @@ class StorePath:
         """Returns TensorStore's description of the directory."""
         return describe_kvstore(self.address)
 
-    def remove(self) -> None:
-        """Deletes the checkpoint: first what tells readers that it is one."""
+    def remove(self, is_spared: Callable[[str], bool] = lambda _: False) -> None:
+        """Deletes the checkpoint: first what tells readers that it is one; objects with keys that are spared stay."""
         from offstep.stores.staging import MARKER_NAME
 
         store, keys = self._contents.store, list(self._contents.below(self._prefix))
+        keys = [key for key in keys if not is_spared(key)]
         if self.is_file():
             store.delete(self.address.key)
         marker = (self.address / MARKER_NAME).key

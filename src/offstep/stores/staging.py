@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from offstep.stores.address import Address
@@ -33,19 +33,28 @@ class StagedObjects:
         final: The checkpoint.
         nonce: Text that no other attempt has.
         patience_seconds: How long the store may fail before that is an error.
+        is_spared: Tells of the key of an object that is there already, and nothing of this attempt's, whether it stays.
 
     Raises:
         OSError: the store cannot be asked.
     """
 
-    def __init__(self, final: Address, *, nonce: bytes, patience_seconds: float) -> None:
+    def __init__(
+        self,
+        final: Address,
+        *,
+        nonce: bytes,
+        patience_seconds: float,
+        is_spared: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.final = final
         self.is_committed = False
-        self._nonce = nonce
+        self._nonce, self._is_spared = nonce, is_spared
         self._store = Store(final, Patience(patience_seconds))
         self._marker_key = (final / MARKER_NAME).key
         self._documents: dict[str, bytes] = {}
         self._written: set[str] = set()
+        self._adopted: set[str] = set()
         self._found = set(self._store.list(f"{final.key}/"))
         if self._marker_key in self._found and self._is_ours():
             self.is_committed = True  # by an earlier attempt, whose report was lost
@@ -74,6 +83,20 @@ class StagedObjects:
         self._put({path: parts for path, parts in data.items() if not self.is_committed})
         return {path: sum(map(len, parts)) for path, parts in files.items()}
 
+    def adopt(self, paths: Iterable[str]) -> None:
+        """Takes data files in that others have put there; they stay where this fails.
+
+        Raises:
+            FileNotFoundError: one is gone.
+        """
+        self._adopted |= {(self.final / path).key for path in paths}
+        missing = sorted(self._adopted - self._found)
+        if missing and not self.is_committed:
+            text = (
+                f"{len(missing)} of {len(self._adopted)} data objects that were put there are gone; this is the first"
+            )
+            raise FileNotFoundError(errno.ENOENT, text, f"{self.final.scheme}://{self.final.bucket}/{missing[0]}")
+
     def commit(self) -> None:
         """Makes everything written a checkpoint.
 
@@ -94,7 +117,8 @@ class StagedObjects:
         self._mark(marker)
         self.is_committed = True
         with contextlib.suppress(OSError):  # it is committed all the same, and readers do not look at what is left
-            self._store.delete_all(sorted(self._found - self._written - {self._marker_key}))
+            left = self._found - self._written - self._adopted - {self._marker_key}
+            self._store.delete_all(sorted(key for key in left if not self._is_spared(key)))
 
     def _mark(self, marker: bytes) -> None:
         try:
@@ -113,6 +137,47 @@ class StagedObjects:
         keys = {(self.final / path).key: parts for path, parts in files.items()}
         self._written |= set(keys)
         self._store.put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+
+
+def put_data(final: Address, files: Mapping[str, Parts], patience_seconds: float) -> None:
+    """Puts data files of a checkpoint there, for somebody else to commit.
+
+    Args:
+        final: The checkpoint.
+        files: Relative POSIX path → parts; paths that nobody else uses.
+        patience_seconds: How long the store may fail before that is an error.
+
+    Raises:
+        OSError: the first failure; what is there has been deleted, as far as the store lets that happen at once.
+    """
+    keys = {(final / path).key: parts for path, parts in files.items()}
+    try:
+        Store(final, Patience(patience_seconds)).put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+    except OSError as error:
+        if not isinstance(error, Unanswered):
+            with contextlib.suppress(OSError):
+                Store(final, Patience(_CLEANING_SECONDS)).delete_all(sorted(keys))
+        raise
+
+
+def remove_data(folder: Address, is_left: Callable[[str], bool], patience_seconds: float) -> None:
+    """Deletes the objects in a folder that `is_left` is true of, given their keys.
+
+    Raises:
+        OSError: the store has not deleted all of them.
+    """
+    store = Store(folder, Patience(patience_seconds))
+    store.delete_all(key for key in store.list(f"{folder.key}/") if is_left(key))
+
+
+def holds_marker(final: Address, nonce: bytes, patience_seconds: float) -> bool:
+    """Returns whether a checkpoint has been committed by the attempt with this nonce.
+
+    Raises:
+        OSError: the store cannot be asked.
+    """
+    marker = Store(final, Patience(patience_seconds)).get((final / MARKER_NAME).key)
+    return (marker or b"").endswith(nonce)
 
 
 class StagedObject:
