@@ -69,8 +69,8 @@ def test_what_both_hold_is_shared_out_evenly(saved: tuple[Path, list[dict[str, A
     assert sum(path.stat().st_size for path in files) < state + METADATA_BYTES
 
 
-def test_stock_orbax_restores_it_in_one_process(saved: tuple[Path, list[dict[str, Any]]]) -> None:
-    directory, _ = saved
+def assert_stock_orbax_restores(directory: Path) -> None:
+    """Step 3 in the directory, in one process."""
     expected = list_expected(3)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like: dict[str, Any] = {
@@ -81,6 +81,10 @@ def test_stock_orbax_restores_it_in_one_process(saved: tuple[Path, list[dict[str
     del like["empty"]
     for name in like:
         assert np.asarray(restored[name]).tobytes() == expected[name].tobytes(), name
+
+
+def test_stock_orbax_restores_it_in_one_process(saved: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert_stock_orbax_restores(saved[0])
 
 
 @pytest.mark.parametrize("count", [1, 2])

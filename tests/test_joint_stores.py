@@ -10,16 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import joint
 import numpy as np
 import pytest
 from fault_proxy import STATUSES, Proxy
 from object_stores import Server, below, download, gs_only, list_objects, proxy, run, s3_only, store, through
-from orbax.checkpoint import v1
 from slots import cut_into_chunks
 from test_distributed_faults import ARGUMENTS, assert_failed
-from test_joint import list_expected
+from test_joint import assert_stock_orbax_restores, list_expected
 from test_store_faults import PHASES, is_marker
 
 import offstep
@@ -70,15 +68,7 @@ def test_two_processes_save_steps_that_one_and_two_restore_and_stock_orbax_from_
     assert written is not None
     assert (written.metrics, written.nonfinite) == ({"loss": 1.5}, 0)
     assert len(list((copy / "3" / "pytree").glob("ocdbt.process_*/d/*"))) == 2
-    expected = list_expected(3)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {
-        name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=device) for name, values in expected.items()
-    }
-    del like["empty"]  # which stock Orbax cannot restore
-    restored = v1.load(copy / "3", like | {"empty": v1.PLACEHOLDER}, checkpointable_name="pytree")
-    for name in like:
-        assert np.asarray(restored[name]).tobytes() == expected[name].tobytes(), name
+    assert_stock_orbax_restores(copy)
 
 
 @gs_only
@@ -89,6 +79,17 @@ def test_keras_trains_on_two_processes_and_saves_to_a_bucket(run: str, tmp_path:
     assert list_steps(run) == [2, 4]
     download(run, tmp_path / "root")
     assert joint.run("joint_keras.py", 1, tmp_path, do="load", steps=[4]) == [{"wrong": []}]
+
+
+@gs_only
+def test_two_tiers_are_for_several_processes_too(run: str, tmp_path: Path) -> None:
+    arguments = {"local": str(tmp_path / "root"), "upload_every": 2, "local_max_to_keep": 1}
+    options = {"do": "train", "kind": "data", "batches": 8, "filepath": below(run, "{step}"), "arguments": arguments}
+    told = joint.run("joint_keras.py", 2, tmp_path, **options)
+    assert told == [{"durable": 4, "failed": 0}] * 2
+    assert catalog.list_steps(tmp_path / "root")[-1] == 8
+    assert list_steps(run) == [4, 8]
+    assert offstep.verify(run).ok
 
 
 def suffer(address: str, fault: dict[str, Any], *, process: int = 1, step: int = 2) -> list[joint.Trainer]:

@@ -14,6 +14,7 @@ import pytest
 from fault_proxy import STATUSES, Matcher, Proxy
 from object_stores import SECRETS, Server, below, gs_only, list_objects, proxy, run, s3_only, store, through
 from processes import find_writers
+from runs import fit, make_model
 
 import offstep
 from offstep.errors import SaveFailed
@@ -28,8 +29,12 @@ RETRY_SECONDS = 1.0
 DEADLINE_SECONDS = 30.0  # of all that a failing save may take: far more than it should, far less than for ever
 
 
+def is_probe(path: str) -> bool:
+    return "offstep-probe" in path
+
+
 def is_put(method: str, path: str) -> bool:
-    return method in ("PUT", "POST")
+    return method in ("PUT", "POST") and not is_probe(path)
 
 
 def is_marker(method: str, path: str) -> bool:
@@ -45,7 +50,8 @@ def is_document(method: str, path: str) -> bool:
 
 
 def is_listing(method: str, path: str) -> bool:
-    return method == "GET" and ("prefix=" in path or "list-type" in path or "startOffset" in path)
+    is_list = "prefix=" in path or "list-type" in path or "startOffset" in path
+    return method == "GET" and is_list and not is_probe(path)
 
 
 PHASES: dict[str, Matcher] = {"data": is_data, "documents": is_document, "marker": is_marker, "listing": is_listing}
@@ -115,6 +121,30 @@ def test_a_store_that_refuses_is_not_taken_for_an_empty_one(proxy: Proxy, store:
         offstep.latest(through(proxy, store, run))
 
 
+@pytest.mark.parametrize(("kind", "error"), [("403", PermissionError), ("gone", FileNotFoundError), ("503", OSError)])
+def test_where_nothing_can_be_saved_training_does_not_begin(
+    proxy: Proxy, store: Server, run: str, kind: str, error: type[OSError]
+) -> None:
+    address = through(proxy, store, run)
+    proxy.fail(kind)
+    with pytest.raises(error, match=r"checkpoints cannot be saved here: .*the store"):
+        offstep.Checkpointer(address, retry_seconds=RETRY_SECONDS)
+    callback = offstep.ModelCheckpoint(below(address, "{step}"), retry_seconds=RETRY_SECONDS)
+    model = make_model()
+    with pytest.raises(error, match=r"checkpoints cannot be saved here: .*the store"):
+        fit(model, [callback])
+    assert model.optimizer.iterations == 0
+    proxy.heal()
+    with offstep.Checkpointer(address):
+        assert list_objects(run) == [], "looking leaves nothing"
+
+
+@gs_only
+def test_a_bucket_that_is_not_there_is_told_at_once(run: str) -> None:
+    with pytest.raises(FileNotFoundError, match="the store knows no such bucket"):
+        offstep.Checkpointer(run.replace("checkpoints", "chekpoints"))
+
+
 @gs_only
 def test_a_writer_that_is_killed_in_the_middle_leaves_no_step_and_another_one_saves_it(
     proxy: Proxy, store: Server, run: str
@@ -154,9 +184,9 @@ def test_what_dead_runs_left_goes_with_the_older_steps(store: Server, run: str) 
 
 @gs_only
 def test_training_goes_on_while_a_store_says_nothing(proxy: Proxy, store: Server, run: str) -> None:
-    proxy.fail("black_hole")
     address = through(proxy, store, run)
     with offstep.Checkpointer(address, retry_seconds=RETRY_SECONDS, on_busy="skip", on_error="warn") as checkpointer:
+        proxy.fail("black_hole")
         first, second, third = (checkpointer.save(step, NEW) for step in (1, 2, 3))
         assert not first.done()
         assert not second.done()

@@ -15,6 +15,7 @@ from fault_proxy import Proxy
 from object_stores import Server, below, download, gs_only, list_objects, proxy, run, store, through
 from processes import wait_for_end, wait_until
 from runs import assert_same, fit, make_model, read_step
+from test_store_faults import is_marker, is_put
 
 import offstep
 from offstep.catalog import list_steps
@@ -77,7 +78,7 @@ def test_training_resumes_from_the_store_where_the_disk_is_lost(run: str, tmp_pa
 def test_a_copy_that_fails_is_told_and_the_step_stays_durable(
     proxy: Proxy, store: Server, run: str, tmp_path: Path
 ) -> None:
-    proxy.fail("403")
+    proxy.fail("403", is_marker)
     callback = offstep.ModelCheckpoint(
         through(proxy, store, below(run, "{step}")), local=tmp_path / "run", save_freq="epoch"
     )
@@ -91,7 +92,7 @@ def test_a_copy_that_fails_is_told_and_the_step_stays_durable(
 def test_a_snapshot_in_memory_is_durable_before_a_store_has_taken_its_copies(
     proxy: Proxy, run: str, tmp_path: Path
 ) -> None:
-    proxy.fail("black_hole", lambda method, path: path.startswith("/upload/"))
+    proxy.fail("black_hole", is_put)
     local, said = tmp_path / "run", tmp_path / "said"
     with said.open("wb") as out:
         killed = subprocess.run([sys.executable, KEEP_IN_MEMORY, local, "7", run], stdout=out, check=False, timeout=100)
@@ -130,6 +131,7 @@ def test_a_copy_is_cut_in_pieces_and_holds_what_earlier_steps_wrote(run: str, tm
         ({"local": "run", "upload_every": 0}, "upload_every must be None or an integer of at least 1"),
         ({"local": "run", "filepath": "ckpts/{step}"}, "filepath is the address of the steps in a store"),
         ({"local": "run", "filepath": "gs://bucket/best.keras"}, "filepath is the address of the steps in a store"),
+        ({"local": "run", "layout": "local"}, "is not copied into a store"),
     ],
 )
 def test_tiers_that_do_not_go_together_are_refused(arguments: dict[str, object], text: str) -> None:

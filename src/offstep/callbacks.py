@@ -172,6 +172,11 @@ class ModelCheckpoint(HookedCheckpoint):
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         retention.check_counts(max_to_keep=local_max_to_keep, keep_best=None, keep_every=None)
         filepath, self._second_tier = make_tiers(os.fspath(filepath), local, upload_every, max_to_keep)
+        if self._second_tier is not None and layout == "local":
+            raise ValueError(
+                "what each process has on a disk of its own is not copied into a store: save to the store, or give a "
+                f"local that all processes see. Received: layout='local' and {local=!s}"
+            )
         own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
         self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
         self.filepath = own_path(os.fspath(filepath)) if layout == "local" else filepath

@@ -26,6 +26,7 @@ from offstep.pending import PendingSave
 from offstep.records import PathKey, SaveStats, Target
 from offstep.reports import Counts
 from offstep.stored_tree import read_tree
+from offstep.stores import staging
 from offstep.stores.address import Address, Place, to_place
 from offstep.stores.path import Readable, open_place
 from offstep.words import show_count
@@ -76,7 +77,7 @@ class Checkpointer:
 
     Raises:
         ValueError: an argument is out of range.
-        OSError: the directory cannot be made or written to.
+        OSError: the directory cannot be made or written to; the store does not answer, or does not let us save there.
 
     Example:
         >>> import jax.numpy as jnp, offstep, tempfile
@@ -149,6 +150,8 @@ class Checkpointer:
         self._treedef: Any = None  # jax.tree_util.PyTreeDef
         if isinstance(self.directory, Path):
             commit.probe_directory(self.directory)
+        else:
+            staging.probe(self.directory, retry_seconds)
 
     def save(
         self,

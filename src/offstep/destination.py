@@ -13,6 +13,7 @@ from offstep import catalog, commit, ownership, policy
 from offstep.manifest import Manifest
 from offstep.pending import PendingSave
 from offstep.records import Target
+from offstep.stores import staging
 from offstep.stores.address import Address, Place, is_address, parse_address, split_query, to_place
 from offstep.stores.path import open_place
 
@@ -65,8 +66,11 @@ class Destination:
         """Returns whether `fix` was called."""
         return self._directory is not None
 
-    def fix(self) -> None:
+    def fix(self, patience_seconds: float) -> None:
         """Fixes what a relative path means, whatever becomes of the working directory, and checks the target.
+
+        Args:
+            patience_seconds: How long a store may fail before that is an error.
 
         Raises:
             OSError: nothing can be saved there.
@@ -75,6 +79,8 @@ class Destination:
         self._base = _constant_parent(self._absolute(self._root.text))
         if isinstance(self._base, Path):
             commit.probe_directory(self._base)
+        else:
+            staging.probe(self._base, patience_seconds)
         if not self.template.fields:
             self.refuse_directory(self.template.format({}))
 

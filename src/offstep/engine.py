@@ -212,6 +212,11 @@ class Engine:
         return True
 
     @property
+    def retry_seconds(self) -> float:
+        """How long a store may fail before that is an error."""
+        return self._options.retry_seconds
+
+    @property
     def exit_seconds(self) -> float:
         """How long the end of the process waits for the saves."""
         return self._options.exit_seconds

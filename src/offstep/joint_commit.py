@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from offstep import commit
 from offstep.attachments import Attachment, attach_text
 from offstep.coordination import PRIMARY, Group, ServiceLost
 from offstep.formats import orbax_merged, orbax_share
+from offstep.joint_jobs import JointJobs
 from offstep.joint_save import Failure, JointSave, Upload, describe, refuse
 from offstep.records import NO_SLOT, Job
 from offstep.signals import held_signals
@@ -30,7 +31,6 @@ from offstep.writer import Outcome, Writer
 
 _GRACE = 0.1  # how much longer than the primary the others wait for what it decides, as a part of `commit_seconds`
 _LEAST_GRACE_SECONDS = 1.0
-_FOREVER_SECONDS = 3600.0
 _SHOWN = 8
 _engine_numbers = itertools.count(1)  # the processes open their engines in the same order
 
@@ -70,15 +70,11 @@ class JointCommits:
         self._unsubmitted: deque[JointSave] = deque()
         self._uncommitted: deque[JointSave] = deque()
         self._finished: deque[tuple[JointSave, Outcome]] = deque()
-        self._in_writer: dict[int, tuple[Job, Callable[[Outcome], None]]] = {}  # by number
-        self._is_closed = False
-        # Daemons, because `close` at exit waits for their work before it ends them.
-        self._threads = [
-            threading.Thread(target=target, name=name, daemon=True)
-            for target, name in ((self._commit_all, "offstep-commit"), (self._collect_all, "offstep-collect"))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._is_closed = self._has_ended = False
+        self._jobs = JointJobs(writer, self._changed)
+        # A daemon, because `close` at exit waits for its work before it ends it.
+        self._thread = threading.Thread(target=self._commit_all, name="offstep-commit", daemon=True)
+        self._thread.start()
 
     @property
     def _grace_seconds(self) -> float:
@@ -147,8 +143,9 @@ class JointCommits:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
+        self._jobs.close()
+        self._has_ended = True
 
     # ------------------------------------------------------------------------------------------------ the writer
 
@@ -168,27 +165,8 @@ class JointCommits:
                 job = replace(job, format="orbax_share", key=save.key)
                 save.staged = None if is_address(job.target) else orbax_share.staging_path(job)
             own = save.attachments if self._is_local else {}
-            self._hand_over(job, partial(self._note_written, save), own)
+            self._jobs.hand_over(job, partial(self._note_written, save), own)
             save.on_submitted()
-
-    def _hand_over(
-        self, job: Job, on_outcome: Callable[[Outcome], None], attachments: Mapping[str, Attachment] | None = None
-    ) -> None:
-        """Has the writer do a job; `on_outcome` is called on whichever thread collects."""
-        with self._changed:
-            self._in_writer[job.number] = job, on_outcome
-            try:
-                self._writer.submit(job, partial(self._note, job.number), attachments or {})
-            except Exception as error:  # noqa: BLE001  it fails like a save that the writer could not write
-                self._note(job.number, describe(error))
-            self._changed.notify_all()
-
-    def _note(self, number: int, outcome: Outcome) -> None:
-        with self._changed:
-            _, on_outcome = self._in_writer.pop(number, (None, None))
-        if on_outcome is not None:  # else it has been given up
-            on_outcome(outcome)
-            self.wake()
 
     def _note_written(self, save: JointSave, outcome: Outcome) -> None:
         with self._changed:
@@ -202,34 +180,13 @@ class JointCommits:
         with self._changed:
             save.merged = outcome
 
-    def _collect_all(self) -> None:
-        """Takes the writer's reports in as they come: the training thread may be far from its next hook."""
-        while self._wait_for_work(self._in_writer):
-            try:
-                self._writer.collect(_FOREVER_SECONDS, until=lambda: not self._in_writer)
-            except Exception as error:  # noqa: BLE001  no writer can be started, for one
-                self._give_up(describe(error))
-
-    def _give_up(self, outcome: Outcome) -> None:
-        for number, (job, _) in list(self._in_writer.items()):
-            # A job without a slot cannot be called off: it may still be done.
-            if job.slot == NO_SLOT or self._writer.call_off(number):
-                self._note(number, outcome | {"is_unsure": job.slot == NO_SLOT})
-
-    def _wait_for_work(self, work: Collection[object]) -> bool:
-        """Returns false once it is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or bool(work))
-            return not self._is_closed
-
     # --------------------------------------------------------------------------------------------- one checkpoint
 
     def _commit_all(self) -> None:
         if self.is_primary:
             with contextlib.suppress(ServiceLost):  # the first save says so
                 self._group.put(self._meeting_key, f"{self._writer.run}/{self._meeting_key.rpartition('/')[2]}")
-        while self._wait_for_work(self._uncommitted):
-            save = self._uncommitted[0]
+        while (save := self._wait_for_save()) is not None:
             try:
                 outcome = self._commit(save)
             except Exception as error:  # noqa: BLE001  whatever it is, the training thread must hear of it
@@ -247,6 +204,12 @@ class JointCommits:
             if is_written:
                 self._discard(save)
             self._upload(save, outcome)
+
+    def _wait_for_save(self) -> JointSave | None:
+        """Returns the oldest that is not committed; `None` once it is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or bool(self._uncommitted))
+            return None if self._is_closed else self._uncommitted[0]
 
     def _commit(self, save: JointSave) -> Outcome:
         self._meet(save)
@@ -345,7 +308,7 @@ class JointCommits:
 
     def _have_done(self, save: JointSave, attachments: Mapping[str, Attachment], **changes: Any) -> Outcome:
         """Has the writer do a job without a slot."""
-        self._hand_over(self._make_job(save, **changes), partial(self._note_merged, save), attachments)
+        self._jobs.hand_over(self._make_job(save, **changes), partial(self._note_merged, save), attachments)
         with self._changed:
             self._changed.wait_for(lambda: save.merged is not None)
         assert save.merged is not None
@@ -369,8 +332,8 @@ class JointCommits:
                 commit.discard(save.staged)
             elif self._is_local and is_lost:
                 commit.remove_directory(Path(save.job.target))
-            elif not self._is_local and not self._is_closed and save.is_refused and (is_lost or self.is_primary):
-                self._hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
+            elif not self._is_local and not self._has_ended and save.is_refused and (is_lost or self.is_primary):
+                self._jobs.hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
 
     def _upload(self, save: JointSave, outcome: Outcome) -> None:
         """Has a copy made of a step that is durable: before a later one is committed, which may retire it."""
@@ -378,7 +341,7 @@ class JointCommits:
             save.upload.on_outcome({"withdrawn": True})
             self.wake()
         elif save.upload is not None:
-            self._hand_over(save.upload.job, save.upload.on_outcome)
+            self._jobs.hand_over(save.upload.job, save.upload.on_outcome)
 
     def _decide(self, save: JointSave, decision: dict[str, Any]) -> None:
         """Tells all what became of it. Those that cannot hear look into the directory."""

@@ -56,7 +56,9 @@ class HookedCheckpoint(SavingCheckpoint):
     def _begin(self) -> None:
         self._is_in_fit = keras_state.is_in_fit(self._model)
         self._schedule.begin()
-        self._destination.fix()
+        self._destination.fix(self._engine.retry_seconds)
+        if self._second_tier is not None:
+            self._second_tier.probe(self._engine.retry_seconds)
         if self._resumes_best:
             self._resume_best(self._destination.read_manifests())
         self._observer.begin(filepath=self.filepath, versions=VERSIONS)

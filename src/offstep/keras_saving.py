@@ -127,7 +127,7 @@ class SavingCheckpoint(DecidingCheckpoint):
         self._engine.poll()
         self._begin_late()
         if not self._destination.is_fixed():
-            self._destination.fix()
+            self._destination.fix(self._engine.retry_seconds)
         if self._signature is None:
             self._open()
         before = time.monotonic()

@@ -122,7 +122,7 @@ def restore(
     Raises:
         StructureMismatch: checkpoint and target do not agree. Nothing has been changed.
         CheckpointDamaged: a checksum or a file is wrong. Nothing has been changed, unless the error's notes say so:
-            what stock Orbax wrote is checked while it is read.
+            what stock Orbax wrote, or comes from a store, is checked while it is read.
         CheckpointNotFound: there is nothing at `path`.
         UnsupportedFormat: it is no checkpoint, or one of a newer offstep.
 

@@ -13,6 +13,7 @@ from offstep.arrays import Array
 from offstep.attachments import Attachment
 from offstep.buffers import Slot, SlotPool
 from offstep.joint_commit import JointCommits
+from offstep.joint_save import Upload
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
@@ -21,7 +22,6 @@ from offstep.rendering import Rendering, make_image, read_arrays
 from offstep.reports import Outcome, Reports
 from offstep.retention import Ranking
 from offstep.snapshot import Snapshotter
-from offstep.stores.address import Address
 from offstep.writer import Writer
 
 OnDurable = Callable[[PendingSave], None]
@@ -155,6 +155,7 @@ class Submitter:
                 on_submitted=work.pending.mark_submitted,
                 on_written=lambda: work.opened.pool.release(work.slot),
                 on_outcome=lambda outcome: self._settle(work, outcome),
+                upload=self._expect_upload(work, job, target) if work.opened.joint.is_primary else None,
             )
             return
         image = None if content is None else make_image(content)
@@ -168,11 +169,15 @@ class Submitter:
                 _drop_image(work, image)
             raise
         work.pending.mark_submitted()
-        if target.upload is not None:
-            self._submit_upload(work, job, target, target.upload)
+        upload = self._expect_upload(work, job, target)
+        if upload is not None:  # the writer need not hear of it again if we die
+            work.opened.writer.submit(upload.job, upload.on_outcome)
 
-    def _submit_upload(self, work: Work, job: Job, target: Target, address: Address) -> None:
-        """Has the writer copy the step once it is durable; it need not hear of this again if we die."""
+    def _expect_upload(self, work: Work, job: Job, target: Target) -> Upload | None:
+        """Returns the copy that the writer is to make once the step is durable, if one is due."""
+        address = target.upload
+        if address is None:
+            return None
         number = work.opened.writer.next_job_number()
         upload = replace(
             job,
@@ -188,7 +193,7 @@ class Submitter:
             lock=None,
         )
         self._reports.expect_upload(number, upload.target)
-        work.opened.writer.submit(upload, lambda outcome: self._reports.take_in_upload(number, job.step, outcome))
+        return Upload(upload, lambda outcome: self._reports.take_in_upload(number, job.step, outcome))
 
     def _take_outcome(self, work: Work, outcome: Outcome, image: Slot | None = None) -> None:
         if image is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from offstep import policy
 from offstep.records import Target
+from offstep.stores import staging
 from offstep.stores.address import Address, is_address, parse_address, split_query
+from offstep.stores.client import Unanswered
 
 
 @dataclass
@@ -32,6 +35,17 @@ class SecondTier:
         if (self.saves + 1) % self.every:
             return place
         return lambda step: replace(place(step), upload=self.address, upload_keep=self.keep)
+
+    def probe(self, patience_seconds: float) -> None:
+        """Checks that steps can be copied there; that the store does not answer now is only warned of.
+
+        Raises:
+            OSError: they cannot, and never will.
+        """
+        try:
+            staging.probe(self.address, patience_seconds)
+        except Unanswered as error:
+            warnings.warn(f"steps are durable on this machine only, as long as {error}", RuntimeWarning, stacklevel=2)
 
     def count(self) -> None:
         """Counts a save that was submitted."""

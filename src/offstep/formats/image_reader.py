@@ -31,7 +31,8 @@ _RUN_BYTES = 4 << 20
 _RUN_GAP_BYTES = 4096
 _OBJECT_BLOCK_BYTES = 16 << 20  # of an object in a store, where each request takes tens of milliseconds
 _BLOCK_BYTES = 1 << 20  # of a check: what has been read is still in the cache when its checksum is taken
-_KEPT_BYTES = 32 << 20  # what a check has read is kept up to this size, for the reading that follows it
+KEPT_BYTES = 32 << 20
+"""What a check has read is kept up to this size, for the reading that follows it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class ImageReader:
         pieces = [
             piece for name, leaf in names for piece in self._pieces(name, Region(leaf), 0, skips_missing=is_partial)
         ]
-        if sum(piece.size for piece in pieces) <= _KEPT_BYTES:
+        if sum(piece.size for piece in pieces) <= KEPT_BYTES:
             run_all(self._keep, _group(pieces), threads, _THREADS)
         else:
             run_all(self._check_all, _spread(_group(pieces), threads), threads, _THREADS)

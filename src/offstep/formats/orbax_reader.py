@@ -12,7 +12,7 @@ import numpy as np
 
 from offstep import manifest
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
-from offstep.formats.image_reader import ChunkedArray, ImageReader
+from offstep.formats.image_reader import KEPT_BYTES, ChunkedArray, ImageReader
 from offstep.formats.ocdbt_index import UnknownLayout, read_index
 from offstep.formats.tensorstore_reader import TensorStoreReader
 from offstep.records import PathKey
@@ -77,7 +77,9 @@ class OrbaxReader:
     @property
     def is_checked_fast(self) -> bool:
         """Whether `verify` costs much less than reading; see `stored.Reader`."""
-        return self.is_direct
+        # From a store all would come a second time, and in each of several processes, which need a part of it.
+        is_near = isinstance(self.path, Path) or sum(leaf.size_bytes for leaf in self.contents.leaves) <= KEPT_BYTES
+        return self.is_direct and is_near
 
     @property
     def is_direct(self) -> bool:

@@ -94,13 +94,6 @@ class Store:
         found = self._ask(key, "read", lambda: self._kvstore.read(key, **part), (stop or 0) - (start or 0))
         return None if found.state == "missing" else bytes(found.value)
 
-    def reaches(self, key: str, size_bytes: int) -> bool:
-        """Returns whether there is an object of at least this size; TensorStore tells no more."""
-        try:
-            return self.get(key, max(0, size_bytes - 1), size_bytes) is not None
-        except TooShort:
-            return False
-
     def put(self, key: str, value: bytes) -> None:
         """Writes an object, in place of an older one."""
         self._ask(key, "written", lambda: self._kvstore.write(key, value), len(value))

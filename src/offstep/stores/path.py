@@ -143,10 +143,6 @@ class StorePath:
         except TooShort:
             return self.read_bytes()
 
-    def reaches(self, size_bytes: int) -> bool:
-        """Returns whether there is an object of at least this size."""
-        return self._contents.store.reaches(self.address.key, size_bytes)
-
     def open(self, mode: str = "rb") -> BinaryIO:
         """Opens a copy of the object for reading; see `read_bytes`."""
         assert mode == "rb", "what is written into a store goes there as a whole"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -137,6 +138,24 @@ class StagedObjects:
         keys = {(self.final / path).key: parts for path, parts in files.items()}
         self._written |= set(keys)
         self._store.put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+
+
+def probe(place: Address, patience_seconds: float) -> None:
+    """Checks that objects can be listed, put and deleted below an address; leaves nothing there.
+
+    Raises:
+        OSError: they cannot; the message names the address.
+        Unanswered: the store has not answered for so long.
+    """
+    key = (place / f".offstep-probe-{secrets.token_hex(8)}").key  # nobody else's: several processes do this at once
+    store = Store(place, Patience(patience_seconds))
+    try:
+        store.list(key)
+        store.put(key, b"")
+        store.delete(key)
+    except OSError as error:
+        kind = Unanswered if isinstance(error, Unanswered) else OSError
+        raise kind(error.errno, f"checkpoints cannot be saved here: {error.strerror}", str(place)) from error
 
 
 def put_data(final: Address, files: Mapping[str, Parts], patience_seconds: float) -> None:
