@@ -22,12 +22,13 @@ from offstep import commit
 from offstep.attachments import Attachment, attach_text
 from offstep.coordination import PRIMARY, Group, ServiceLost
 from offstep.formats import orbax_merged, orbax_share
+from offstep.handover import Outcome
 from offstep.joint_jobs import JointJobs
 from offstep.joint_save import Failure, JointSave, Upload, describe, refuse
 from offstep.records import NO_SLOT, Job
 from offstep.signals import held_signals
 from offstep.stores.address import is_address
-from offstep.writer import Outcome, Writer
+from offstep.writer import Writer
 
 _GRACE = 0.1  # how much longer than the primary the others wait for what it decides, as a part of `commit_seconds`
 _LEAST_GRACE_SECONDS = 1.0

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from offstep.attachments import Attachment
+from offstep.handover import Outcome
 from offstep.joint_save import describe
 from offstep.records import NO_SLOT, Job
-from offstep.writer import Outcome, Writer
+from offstep.writer import Writer
 
 _FOREVER_SECONDS = 3600.0
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from offstep.attachments import Attachment
 from offstep.coordination import ServiceLost
+from offstep.handover import Outcome
 from offstep.records import Job
-from offstep.writer import Outcome
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from offstep import worker
 from offstep.attachments import Attachment
 from offstep.buffers import Slot
+from offstep.handover import Handover, Kept, Outcome, Submitted, tell, tell_job, tell_kept, tell_slot
 from offstep.ownership import Lock
-from offstep.records import NO_SLOT, Job, Plan
+from offstep.records import Job, Plan
 from offstep.signals import held_signals
-from offstep.wire import Channel, Message, spool
+from offstep.wire import Channel
 from offstep.writer_process import WriterProcess, describe_false_start
 
-Outcome = Message  # of a job: `durable_at`, or `error` and `errno`; `withdrawn` for one that it never began
 _MAX_ATTEMPTS = 3
 _LOOK_UP_SECONDS = 1.0
 
@@ -37,35 +36,6 @@ class _Receiver:
     """One call of `collect`, and the thread that it runs on."""
 
     thread: int
-
-
-@dataclass
-class _Submitted:
-    job: Job
-    message: Message
-    on_outcome: Callable[[Outcome], None]
-    attachments: Mapping[str, Attachment]
-    attempts: int = 1
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The newest snapshot of a plan that is only kept in memory."""
-
-    number: int
-    message: Message
-    attachments: Mapping[str, Attachment]
-
-
-@dataclass
-class _Handed:
-    """Everything a new writer needs to be told, in this order."""
-
-    locks: dict[int, Lock] = field(default_factory=dict)
-    slots: dict[int, Slot] = field(default_factory=dict)
-    plans: dict[int, bytes] = field(default_factory=dict)
-    jobs: dict[int, _Submitted] = field(default_factory=dict)
-    kept: dict[int, _Kept] = field(default_factory=dict)  # by plan
 
 
 class Writer:
@@ -83,7 +53,7 @@ class Writer:
         self._turn = threading.Condition()
         self._receiver: _Receiver | None = None  # the call of `collect` that takes reports in; guarded by self._turn
         self._lock = threading.RLock()  # guards everything below; held for a few lines only
-        self._handed = _Handed()
+        self._handed = Handover()
         self._channel: Channel | None = None
         self._process: WriterProcess | None = None
         self._thread: threading.Thread | None = None
@@ -111,13 +81,13 @@ class Writer:
         """Makes a slot known to the writer."""
         with self._lock:
             self._handed.slots[slot.number] = slot
-            self._tell_slot(slot)
+            tell_slot(self._channel, slot, with_memory=not self.in_process)
 
     def drop_slot(self, slot: Slot) -> None:
         """Lets the writer forget a slot that no unfinished job uses."""
         with self._lock:
             del self._handed.slots[slot.number]
-            self._tell({"do": "drop_slot", "slot": slot.number})
+            tell(self._channel, {"do": "drop_slot", "slot": slot.number})
 
     def add_plan(self, plan: Plan, format: str, documents: dict[str, Any] | None) -> int:  # noqa: A002
         """Makes a plan known to the writer and returns its number.
@@ -134,14 +104,14 @@ class Writer:
             self._next_plan += 1
             self._handed.plans[number] = text
             if self._channel is not None:
-                self._tell_plan(number)
+                self._handed.tell_plan(self._channel, number)
         return number
 
     def drop_plan(self, number: int) -> None:
         """Lets the writer forget a plan that no unfinished job uses."""
         with self._lock:
             del self._handed.plans[number]
-            self._tell({"do": "drop_plan", "plan": number})
+            tell(self._channel, {"do": "drop_plan", "plan": number})
 
     def add_lock(self, lock: Lock) -> int:
         """Shares a lock with the writer, so that it outlives a trainer that is killed; returns its number."""
@@ -149,14 +119,14 @@ class Writer:
             number = self._next_plan
             self._next_plan += 1
             self._handed.locks[number] = lock
-            self._tell_lock(number)
+            self._handed.tell_lock(self._channel, number)
         return number
 
     def drop_lock(self, number: int) -> None:
         """Lets the writer give up its part of a lock that no unfinished job needs."""
         with self._lock:
             del self._handed.locks[number]
-            self._tell({"do": "drop_lock", "lock": number})
+            tell(self._channel, {"do": "drop_lock", "lock": number})
 
     def next_job_number(self) -> int:
         """Returns a new job number."""
@@ -183,9 +153,9 @@ class Writer:
         json.dumps(message)  # what cannot be sent must fail here, before anybody waits for it
         with self._lock:
             self.start()
-            self._offer(job)
-            submitted = self._handed.jobs[job.number] = _Submitted(job, message, on_outcome, attachments or {})
-            is_told = self._tell_job(submitted)
+            self._handed.offer(job)
+            submitted = self._handed.jobs[job.number] = Submitted(job, message, on_outcome, attachments or {})
+            is_told = tell_job(self._channel, submitted)
         if not is_told:
             self.collect()  # the writer has died while it had nothing to do: start another one now
 
@@ -198,9 +168,9 @@ class Writer:
         message = {"do": "keep", "plan": job.plan, "job": asdict(job), "linger_seconds": linger_seconds}
         with self._lock:
             self.start()
-            kept = self._handed.kept[job.plan] = _Kept(job.number, message, attachments)
+            kept = self._handed.kept[job.plan] = Kept(job.number, message, attachments)
             channel = self._channel
-            is_told = self._tell_kept(kept)
+            is_told = tell_kept(channel, kept)
         if not is_told and channel is not None:
             self._replace(channel)
 
@@ -208,7 +178,7 @@ class Writer:
         """Takes back what was kept of a plan, if anything was."""
         with self._lock:
             if self._handed.kept.pop(plan, None) is not None:
-                self._tell({"do": "forget", "plan": plan})
+                tell(self._channel, {"do": "forget", "plan": plan})
 
     def withdraw(self, number: int) -> bool:
         """Takes a job back that the writer has not begun; returns whether it could.
@@ -217,7 +187,7 @@ class Writer:
         outcome is `{"withdrawn": True}`.
         """
         with self._lock:
-            submitted = self._claim_back(number)
+            submitted = self._handed.claim_back(number)
         if submitted is not None:
             submitted.on_outcome({"withdrawn": True})  # without the lock: it may come back to this writer
         return submitted is not None
@@ -225,19 +195,7 @@ class Writer:
     def call_off(self, number: int) -> bool:
         """Takes a job back without an outcome, if it was handed over; returns whether it will never be written."""
         with self._lock:
-            return number not in self._handed.jobs or self._claim_back(number) is not None
-
-    def _offer(self, job: Job) -> None:
-        if job.slot != NO_SLOT:
-            self._handed.slots[job.slot].claim.offer(job.number)
-
-    def _claim_back(self, number: int) -> _Submitted | None:
-        submitted = self._handed.jobs.get(number)
-        if submitted is None or submitted.job.slot == NO_SLOT:
-            return None
-        if not self._handed.slots[submitted.job.slot].claim.take(number):
-            return None
-        return self._handed.jobs.pop(number)
+            return number not in self._handed.jobs or self._handed.claim_back(number) is not None
 
     def collect(self, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
         """Takes in what the writer has reported, and restarts it if it died with work left.
@@ -325,48 +283,11 @@ class Writer:
         self._channel = None
         self._process = None
         self._thread = None
-        self._handed = _Handed()
+        self._handed = Handover()
         self._turn = threading.Condition()
         self._receiver = None
         self._lock = threading.RLock()
         self._run = secrets.token_hex(4)
-
-    def _tell(self, message: Message, descriptor: int | None = None) -> bool:
-        """Sends to a running writer; one that has died is replaced at the next `collect`, and told everything."""
-        if self._channel is None:
-            return False
-        try:
-            self._channel.send(message, descriptor)
-        except OSError:
-            return False
-        return True
-
-    def _tell_slot(self, slot: Slot) -> None:
-        descriptor = None if self.in_process else slot.fd
-        self._tell({"do": "add_slot", "slot": slot.number, "bytes": slot.size_bytes}, descriptor)
-
-    def _tell_job(self, submitted: _Submitted) -> bool:
-        self._tell_attachments(submitted.job.number, submitted.attachments)
-        return self._tell(submitted.message)
-
-    def _tell_kept(self, kept: _Kept) -> bool:
-        self._tell_attachments(kept.number, kept.attachments)
-        return self._tell(kept.message)
-
-    def _tell_attachments(self, number: int, attachments: Mapping[str, Attachment]) -> None:
-        for name, attachment in attachments.items():
-            self._tell({"do": "attach", "job": number, "name": name, "bytes": attachment.size_bytes}, attachment.fd)
-
-    def _tell_lock(self, number: int) -> None:
-        lock = self._handed.locks[number]
-        self._tell({"do": "add_lock", "lock": number, "path": str(lock.path)}, lock.descriptor)
-
-    def _tell_plan(self, number: int) -> None:
-        descriptor = spool(self._handed.plans[number])
-        try:
-            self._tell({"do": "add_plan", "plan": number}, descriptor)
-        finally:
-            os.close(descriptor)
 
     def _launch(self, reason: str = "") -> None:
         """Starts a writer: a thread if `reason` says why it can be no process."""
@@ -380,17 +301,7 @@ class Writer:
         self.in_process = self._wants_thread or bool(reason)
         if self.in_process:
             self._start_thread(theirs)
-        for number in self._handed.locks:
-            self._tell_lock(number)
-        for slot in self._handed.slots.values():
-            self._tell_slot(slot)
-        for number in self._handed.plans:
-            self._tell_plan(number)
-        for submitted in self._handed.jobs.values():
-            self._offer(submitted.job)  # the writer that died may have claimed it
-            self._tell_job(submitted)
-        for kept in self._handed.kept.values():
-            self._tell_kept(kept)
+        self._handed.tell_all(self._channel, with_memory=not self.in_process)
         if reason:  # last, because a warning may be an error
             warnings.warn(
                 f"offstep cannot start its writer process ({reason}); it writes in a thread, which slows training.",
