@@ -19,10 +19,8 @@ from pathlib import Path
 import pytest
 from failing_disk import Plan, fail_with, save
 
-from offstep import catalog, commit, disk, recovery
+from offstep import catalog, disk, recovery
 from offstep.commit import (
-    FILE_IN_PROGRESS_PREFIX,
-    IN_PROGRESS_MARK,
     StagedDirectory,
     StagedFile,
     make_root,
@@ -31,6 +29,7 @@ from offstep.commit import (
     remove_directory,
     remove_file,
 )
+from offstep.temporary_names import FILE_IN_PROGRESS_PREFIX, IN_PROGRESS_MARK, OUR_MARK
 
 MB = 1 << 20
 SMALL = {"a": (b"one", b"two"), "pytree/d/b": (b"x" * 5000,), "pytree/empty": ()}
@@ -381,7 +380,7 @@ def test_a_link_planted_at_the_temporary_name_is_not_followed(tmp_path: Path) ->
     elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
     elsewhere.mkdir()
     root.mkdir()
-    (root / f"5{commit.OUR_MARK}run-1").symlink_to(elsewhere)
+    (root / f"5{OUR_MARK}run-1").symlink_to(elsewhere)
     with StagedDirectory(root / "5", tag="run-1") as staged:
         staged.write(SMALL)
         staged.commit()
@@ -524,7 +523,7 @@ def read_events(lines: list[str]) -> Iterator[tuple[str, str]]:
 def test_the_temporary_name_is_the_one_that_orbax_skips() -> None:
     from orbax.checkpoint._src.path import atomicity_types
 
-    assert commit.IN_PROGRESS_MARK == atomicity_types.TMP_DIR_SUFFIX
+    assert IN_PROGRESS_MARK == atomicity_types.TMP_DIR_SUFFIX
 
 
 # ---------------------------------------------------------------------------------------------------- single files

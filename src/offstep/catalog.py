@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from offstep import manifest
-from offstep.commit import FILE_IN_PROGRESS_PREFIX, OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
 from offstep.manifest import Manifest
 from offstep.stores.path import Readable, StorePath, open_place
 from offstep.stores.staging import MARKER_NAME
+from offstep.temporary_names import FILE_IN_PROGRESS_PREFIX, OUR_MARK, REPLACED_PREFIX, TRASH_PREFIX
 
 Root = os.PathLike[str] | str | StorePath
 """A directory of steps, in a file system or in a store."""

@@ -17,21 +17,7 @@ from pathlib import Path
 
 from offstep import disk, parts
 from offstep.parts import Parts
-
-IN_PROGRESS_MARK = ".orbax-checkpoint-tmp"
-"""Orbax's own mark of a directory that is being written; its scanners skip such names."""
-
-OUR_MARK = f"{IN_PROGRESS_MARK}-offstep-"
-"""Tells our temporary names from Orbax's own."""
-
-FILE_IN_PROGRESS_PREFIX = ".offstep-tmp-"
-"""Begins the name of a single file that is being written: hidden, and without the suffix of its format."""
-
-TRASH_PREFIX = ".offstep-trash-"
-"""Begins the name of what is to be deleted."""
-
-REPLACED_PREFIX = ".offstep-replaced-"
-"""Begins the name of an older checkpoint while a newer one takes its name, where the two cannot be exchanged."""
+from offstep.temporary_names import FILE_IN_PROGRESS_PREFIX, REPLACED_PREFIX, TRASH_PREFIX, staging_path
 
 # What tells a checkpoint, ours or Orbax's, damaged or not, from other directories.
 _CHECKPOINT_MARKS = ("offstep.json", "_CHECKPOINT_METADATA", "commit_success.txt", "pytree/manifest.ocdbt")
@@ -99,17 +85,6 @@ def refuse_foreign(final: Path) -> None:
         return
     text = "a directory that is no checkpoint has the name of this step; move it away, or save elsewhere"
     raise FileExistsError(errno.EEXIST, text, str(final))
-
-
-def staging_path(final: Path, tag: str) -> Path:
-    """Returns where a directory is written before it has its final name."""
-    return final.with_name(f"{final.name}{OUR_MARK}{tag}")
-
-
-def list_staged(final: Path, tag: str) -> list[Path]:
-    """Returns what is being written for `final`, or was by writers that died, with the tags `<tag>-<number>`."""
-    first = staging_path(final, f"{tag}-").name
-    return sorted(final.with_name(name) for name in os.listdir(final.parent) if name.startswith(first))
 
 
 class StagedDirectory:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from offstep import buffers, commit
+from offstep.temporary_names import FILE_IN_PROGRESS_PREFIX
 
 _PACKAGES = ("offstep", "keras", "jax", "jaxlib", "orbax-checkpoint", "tensorstore", "h5py", "numpy")
 _BYTES = 64 << 20
@@ -135,7 +136,7 @@ def _measure_devices() -> tuple[tuple[str, ...], float | None]:
 
 def _measure_write(directory: Path, size_bytes: int) -> float:
     """Returns the seconds until a file of that size is durable."""
-    target = directory / f"{commit.FILE_IN_PROGRESS_PREFIX}doctor-{secrets.token_hex(4)}"
+    target = directory / f"{FILE_IN_PROGRESS_PREFIX}doctor-{secrets.token_hex(4)}"
     with mmap.mmap(-1, size_bytes) as pages, memoryview(pages) as view:
         pages.write(os.urandom(mmap.PAGESIZE) * (size_bytes // mmap.PAGESIZE))
 

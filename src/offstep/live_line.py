@@ -15,6 +15,22 @@ _SHORTEST_SECONDS = 0.1  # from one change of the text to the next
 _ERASE_LINE, _UP = "\x1b[2K", "\x1b[1A"
 
 
+class _Pace:
+    """Lets a text be shown unless one was just before."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last = -_SHORTEST_SECONDS
+
+    def is_due(self) -> bool:
+        """Returns whether a text may be shown now, which then counts as shown."""
+        now = self._clock()
+        if now - self._last < _SHORTEST_SECONDS:
+            return False
+        self._last = now
+        return True
+
+
 class LiveLine:
     """Shows one line, in place of what it showed before. Training thread only.
 
@@ -28,16 +44,14 @@ class LiveLine:
 
     def __init__(self, file: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = Console(file=file, highlight=False, markup=False, emoji=False)
-        self._file, self._clock = file, clock
+        self._file, self._pace = file, _Pace(clock)
         self._is_shown = False
-        self._shown_at = -_SHORTEST_SECONDS
 
     def show(self, text: str) -> None:
         """Shows a text, cut to the width of the terminal; too soon after the last one it is left out."""
-        now = self._clock()
-        if now - self._shown_at < _SHORTEST_SECONDS:
+        if not self._pace.is_due():
             return
-        self._shown_at, self._is_shown = now, True
+        self._is_shown = True
         line = Text(text, style="dim")
         line.truncate(self._console.width - 1, overflow="ellipsis")
         with self._console.capture() as capture:
@@ -66,17 +80,15 @@ class NotebookLine:
     """
 
     def __init__(self, display: Any, clock: Callable[[], float] = time.monotonic) -> None:  # IPython may be missing
-        self._clock = clock
+        self._pace = _Pace(clock)
         self._is_shown = False
         self._handle = display.display({"text/plain": ""}, raw=True, display_id=True)
-        self._shown_at = -_SHORTEST_SECONDS
 
     def show(self, text: str) -> None:
         """Shows a text; too soon after the last one it is left out."""
-        now = self._clock()
-        if now - self._shown_at < _SHORTEST_SECONDS:
+        if not self._pace.is_due():
             return
-        self._shown_at, self._is_shown = now, True
+        self._is_shown = True
         self._handle.update({"text/plain": text}, raw=True)
 
     def hide(self) -> None:

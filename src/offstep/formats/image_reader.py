@@ -20,6 +20,7 @@ from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
 from offstep.formats.data_file import DataFile, open_data_file
 from offstep.formats.ocdbt_index import FileRange, Index, UnknownLayout
+from offstep.formats.orbax_directory import chunk_key
 from offstep.host_memory import make_array
 from offstep.parallel import run_all
 from offstep.records import CRC_BYTES
@@ -180,13 +181,13 @@ class ImageReader:
             return
         axes = list(zip(region.box, array.chunk_shape, strict=True))
         for position in product(*(range(start // part, -(-stop // part)) for (start, stop), part in axes)):
-            if skips_missing and _chunk_key(name, position) not in self._index:
+            if skips_missing and chunk_key(name, position) not in self._index:
                 continue
             place = self._place(name, position, region.leaf)
             yield _Piece(region.leaf, *place, number, array.chunk_shape, _cut(position, axes))
 
     def _place(self, name: str, position: tuple[int, ...], leaf: StoredLeaf) -> tuple[str, int, int]:
-        value = self._index.get(_chunk_key(name, position))
+        value = self._index.get(chunk_key(name, position))
         if value is None:
             raise CheckpointDamaged(f"{leaf.name}: a part of it is missing in {self._database}; restore another one")
         if isinstance(value, bytes):
@@ -276,10 +277,6 @@ class ImageReader:
 
 
 _NOTHING = np.empty(0, np.uint8)
-
-
-def _chunk_key(name: str, position: tuple[int, ...]) -> bytes:
-    return "/".join([name, "c", *map(str, position)]).encode()
 
 
 def _inline(value: bytes | FileRange) -> bytes:

@@ -236,7 +236,7 @@ def leaf_entries(layout: LeafLayout) -> Iterator[Entry]:
     """Yields the keys of a leaf in the database: its `zarr.json`, and where in a slot each of its chunks lies."""
     yield zarr_key(layout), encode_zarr(layout)
     for number, (offset, size) in zip(layout.numbers, layout.chunk_ranges(), strict=True):
-        yield chunk_key(layout, number), SlotRange(offset, size)
+        yield chunk_key(layout.leaf.name, np.unravel_index(number, layout.grid)), SlotRange(offset, size)
 
 
 def zarr_key(layout: LeafLayout) -> bytes:
@@ -244,9 +244,9 @@ def zarr_key(layout: LeafLayout) -> bytes:
     return f"{layout.leaf.name}/zarr.json".encode()
 
 
-def chunk_key(layout: LeafLayout, number: int) -> bytes:
-    """Returns the key of one chunk, numbered in C order over the grid."""
-    return "/".join([layout.leaf.name, "c", *map(str, np.unravel_index(number, layout.grid))]).encode()
+def chunk_key(name: str, position: Iterable[object]) -> bytes:
+    """Returns the key of one chunk of an array, by its indices in the grid."""
+    return "/".join([name, "c", *map(str, position)]).encode()
 
 
 def encode_zarr(layout: LeafLayout) -> bytes:

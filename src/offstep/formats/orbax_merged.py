@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from offstep import commit, manifest
 from offstep.formats import orbax_directory, orbax_merged_objects, orbax_share, orbax_step
 from offstep.formats.ocdbt import Entry, SlotRange, prepare_database
@@ -22,6 +24,7 @@ from offstep.formats.orbax_share_objects import item_name
 from offstep.manifest import FileRecord
 from offstep.records import CRC_BYTES, Job, LeafLayout, Plan
 from offstep.stores.address import Address, to_place
+from offstep.temporary_names import list_staged
 
 REPORTS_NAME = "reports.json"
 """Attachment with what each process has reported of its share: too long for a message where there are thousands."""
@@ -59,7 +62,7 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
         return 0
     commit.refuse_foreign(target)
     # Of writers that died: they may have taken shares over already.
-    attempts = commit.list_staged(target, job.tag)
+    attempts = list_staged(target, job.tag)
     tag = f"{job.tag}-{len(attempts)}"
     with commit.StagedDirectory(target, tag=tag, private=job.private) as staged:
         files = orbax_directory.document_files(
@@ -126,7 +129,7 @@ def _list_chunks(layout: LeafLayout, places: list[Place]) -> Iterator[Entry]:
     for number, (process, offset) in enumerate(places):
         # The first data file is the index's own, which holds no values.
         yield (
-            orbax_directory.chunk_key(layout, number),
+            orbax_directory.chunk_key(layout.leaf.name, np.unravel_index(number, layout.grid)),
             SlotRange(offset, layout.chunk_bytes + CRC_BYTES, process + 1),
         )
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from offstep import commit, manifest
+from offstep import commit, manifest, temporary_names
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats import orbax_share_objects
 from offstep.formats.orbax_directory import database_files, prepare_item
@@ -36,7 +36,7 @@ def data_file(key: str, process: int) -> str:
 
 def staging_path(job: Job) -> Path:
     """Returns where the share of a job is until it is committed."""
-    return commit.staging_path(Path(job.target), job.tag)
+    return temporary_names.staging_path(Path(job.target), job.tag)
 
 
 def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedShare:  # JSON
