@@ -6,7 +6,7 @@ import difflib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,18 +21,7 @@ from offstep.coordination import agree_on_steps, find_group
 from offstep.discovery import READ_THREADS, is_checkpoint, open_newest, open_newest_of, open_parts, place_tiers
 from offstep.errors import StructureMismatch
 from offstep.formats.local_reader import list_common_steps, list_parts
-from offstep.matching import (
-    OPTIMIZER_GROUP,
-    Matching,
-    Renaming,
-    Selection,
-    TargetLeaf,
-    is_forgivable,
-    is_selected,
-    match,
-    rename_leaves,
-)
-from offstep.matching import Path as LeafPath
+from offstep.matching import Matching, Renaming, Selection, TargetLeaf, rename_leaves
 from offstep.placement import (
     IN_PLACE_BYTES,
     Array,
@@ -42,16 +31,15 @@ from offstep.placement import (
     place,
     split_batches,
 )
-from offstep.records import PathKey
-from offstep.stored import Contents, Reader, Region, StoredLeaf
+from offstep.stored import Reader, Region, StoredLeaf
 from offstep.stores.path import Readable, StorePath, open_place
+from offstep.wishes import Wishes, check_arguments, check_matching, match_wanted, show_names
 
 if TYPE_CHECKING:
     from offstep.keras_restore import ModelTarget
 
 Tree = Any  # any pytree, or a Keras model
-
-_SHOWN = 5
+_SIMILAR = 5
 
 
 @dataclass(frozen=True)
@@ -134,17 +122,17 @@ def restore(
         >>> offstep.restore({"w": jnp.zeros((2, 3))}, directory).tree["w"].sum()
         Array(6., dtype=float32)
     """
-    _check_arguments(partial, rename, threads)
+    check_arguments(partial, rename, threads)
     with _collector_paused(), closing(_open(place_tiers(path, local))) as reader:
-        return _restore(target, reader, _Wishes(partial, rename, strict, cast, threads))
+        return _restore(target, reader, Wishes(partial, rename, strict, cast, threads))
 
 
 def restore_from(target: Tree, reader: Reader) -> RestoreReport:
     """Does what `restore` does without further arguments, from a checkpoint that is open."""
-    return _restore(target, reader, _Wishes(None, None, strict=True, cast=False, threads=READ_THREADS))
+    return _restore(target, reader, Wishes(None, None, strict=True, cast=False, threads=READ_THREADS))
 
 
-def _restore(target: Tree, reader: Reader, wishes: _Wishes) -> RestoreReport:
+def _restore(target: Tree, reader: Reader, wishes: Wishes) -> RestoreReport:
     with _collector_paused():
         return (_restore_model if _is_model(target) else _restore_tree)(target, reader, wishes)
 
@@ -178,25 +166,6 @@ def _open(places: Sequence[Readable]) -> Reader:
     return open_parts(root, agree_on_steps(group, list_common_steps(parts)), verify="fast")
 
 
-@dataclass(frozen=True)
-class _Wishes:
-    partial: Selection | None
-    rename: Renaming | None
-    strict: bool
-    cast: bool
-    threads: int
-
-
-def _check_arguments(partial: object, rename: object, threads: object) -> None:
-    prefixes = partial if isinstance(partial, (list, tuple)) else (partial,)
-    if partial is not None and not callable(partial) and not all(isinstance(prefix, str) for prefix in prefixes):
-        raise ValueError(f"partial must be a prefix, several, or a predicate on names. Received: {partial!r}")
-    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
-        raise ValueError(f"rename must be a dict from old to new names, or a function. Received: {rename!r}")
-    if not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads must be an integer of at least 1. Received: {threads!r}")
-
-
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Thousands of leaves set off a collection that walks all of Keras: 100 ms, and none of it is garbage."""
@@ -217,15 +186,17 @@ def _is_model(target: object) -> bool:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport:  # of Keras
+def _restore_model(model: Any, reader: Reader, wishes: Wishes) -> RestoreReport:  # of Keras
     from offstep import keras_restore
 
     target = keras_restore.open_model(model, reader.contents)
     stored, reason = keras_restore.name_leaves(target, reader.contents)
     if reason:
         return _leave_to_keras(target, reader, wishes, reason)
-    matching = _match(rename_leaves(stored, wishes.rename), target.leaves, wishes, reader.contents, target.find_names)
-    _check(matching, target.leaves, reader, wishes)
+    matching = match_wanted(
+        rename_leaves(stored, wishes.rename), target.leaves, wishes, reader.contents, target.find_names
+    )
+    check_matching(matching, target.leaves, reader, wishes)
     done = 0
     try:
         for count in _fill(target, reader, matching.pairs, wishes.threads):
@@ -238,7 +209,7 @@ def _restore_model(model: Any, reader: Reader, wishes: _Wishes) -> RestoreReport
     return _report(reader, matching, target.leaves)
 
 
-def _leave_to_keras(target: ModelTarget, reader: Reader, wishes: _Wishes, reason: str) -> RestoreReport:
+def _leave_to_keras(target: ModelTarget, reader: Reader, wishes: Wishes, reason: str) -> RestoreReport:
     """Restores a file whose datasets only the layers themselves understand."""
     from offstep import keras_restore
 
@@ -273,14 +244,14 @@ def _fill(target: ModelTarget, reader: Reader, pairs: Sequence[tuple[int, Stored
 # --- trees -----------------------------------------------------------------------------------------------------------
 
 
-def _restore_tree(tree: Tree, reader: Reader, wishes: _Wishes) -> RestoreReport:
+def _restore_tree(tree: Tree, reader: Reader, wishes: Wishes) -> RestoreReport:
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     destinations = [_describe_leaf(leaf) for leaf in leaves]
     paths = leaf_paths.list_paths(tree)
     targets = [TargetLeaf(path, place.shape, place.dtype) for path, place in zip(paths, destinations, strict=True)]
     stored = rename_leaves([(leaf.path, leaf) for leaf in reader.contents.leaves], wishes.rename)
-    matching = _match(stored, targets, wishes, reader.contents, None)
-    _check(matching, targets, reader, wishes)
+    matching = match_wanted(stored, targets, wishes, reader.contents, None)
+    check_matching(matching, targets, reader, wishes)
     pairs = [(leaf, destinations[number]) for number, leaf in matching.pairs]
     for placed in place(reader, pairs, wishes.threads):
         for at, array in placed:
@@ -298,83 +269,6 @@ def _describe_leaf(leaf: Array) -> Destination:
 
 
 # --- what both need --------------------------------------------------------------------------------------------------
-
-
-def _match(
-    stored: Sequence[tuple[LeafPath, StoredLeaf]],
-    targets: Sequence[TargetLeaf],
-    wishes: _Wishes,
-    contents: Contents,
-    find_names: Callable[[], Sequence[LeafPath]] | None,
-) -> Matching:
-    """Matches everything, then keeps what is wanted: neighbours help to tell leaves with made-up names apart."""
-    matching = match(
-        stored,
-        targets,
-        is_ordered=contents.is_ordered and wishes.rename is None,
-        find_names=find_names,
-        may_use_position=find_names is not None,
-        cast=wishes.cast,
-    )
-    if wishes.partial is None:
-        return matching
-    wanted = {target.name for target in targets if is_selected(target.path, wishes.partial)}
-    if not wanted:  # those of the checkpoint, which are the ones of a fresh process
-        wanted = {targets[number].name for number, leaf in matching.pairs if is_selected(leaf.path, wishes.partial)}
-    if not wanted:
-        raise StructureMismatch(
-            f"partial={wishes.partial!r} selects no leaf of the target; it has {_show(t.name for t in targets)}"
-        )
-    return Matching(
-        pairs=tuple((number, leaf) for number, leaf in matching.pairs if targets[number].name in wanted),
-        by_position={name: stored for name, stored in matching.by_position.items() if name in wanted},
-        missing=tuple(name for name in matching.missing if name in wanted),
-        left_over=matching.left_over,
-        mismatched={name: reason for name, reason in matching.mismatched.items() if name in wanted},
-    )
-
-
-def _check(matching: Matching, targets: Sequence[TargetLeaf], reader: Reader, wishes: _Wishes) -> None:
-    """Raises `StructureMismatch` for what `strict` forbids."""
-    if not wishes.strict:
-        return
-    groups = {leaf.path[0] for leaf in reader.contents.leaves}, {target.path[0] for target in targets}
-    missing = [name for name in matching.missing if _matters(name, groups[0])]
-    left_over = [name for name in matching.left_over if _matters(name, groups[1])] if wishes.partial is None else []
-    problems = [f"{name}: {reason}" for name, reason in matching.mismatched.items()]
-    problems += [f"{name}: the checkpoint does not have it" for name in missing]
-    problems += [f"{name}: the checkpoint has it, the target does not" for name in left_over]
-    if not problems:
-        return
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    raise StructureMismatch(
-        f"{reader.path} does not fit the target, which was not changed:\n  "
-        + "\n  ".join(problems[:_SHOWN])
-        + more
-        + f"\n{_advise(matching, missing, left_over)}"
-    )
-
-
-def _matters(name: str, groups: set[PathKey]) -> bool:
-    """Returns whether strictness minds that the other side does not have a leaf; `groups` are those it has."""
-    path = tuple(name.split("/"))
-    if is_forgivable(path):
-        return False
-    # Weights without an optimizer, or a model that is not compiled, are no mistake; half of a group is.
-    return path[0] != OPTIMIZER_GROUP or OPTIMIZER_GROUP in groups
-
-
-def _advise(matching: Matching, missing: Sequence[str], left_over: Sequence[str]) -> str:
-    troubled = [*matching.mismatched, *missing, *left_over]
-    if all(name.startswith(OPTIMIZER_GROUP) for name in troubled):
-        return (
-            "Only the optimizer differs: compile the model with the one that it was trained with, or restore the "
-            "weights alone with partial=('trainable_variables', 'non_trainable_variables')."
-        )
-    return (
-        "Build the same model, say with rename={old: new} what has another name now, choose leaves with partial=..., "
-        "or restore what fits with strict=False."
-    )
 
 
 def _report(reader: Reader, matching: Matching, targets: Sequence[TargetLeaf]) -> RestoreReport:
@@ -404,8 +298,8 @@ def _find_leaf(leaves: Sequence[StoredLeaf], name: str, path: Readable) -> Store
         if len(found) == 1:
             return found[0]
     names = [leaf.name for leaf in leaves]
-    close = difflib.get_close_matches(wanted, names, _SHOWN, 0.4) or names
-    raise KeyError(f"{path} has no leaf {name!r}; similar ones: {_show(close)}")
+    close = difflib.get_close_matches(wanted, names, _SIMILAR, 0.4) or names
+    raise KeyError(f"{path} has no leaf {name!r}; similar ones: {show_names(close)}")
 
 
 def _whole_name(leaf: StoredLeaf) -> str:
@@ -418,8 +312,3 @@ def _dotted_name(leaf: StoredLeaf) -> str:
 
 def _name_in_group(leaf: StoredLeaf) -> str:
     return "/".join(map(str, leaf.path[1:]))
-
-
-def _show(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (f", ... ({len(listed)} in all)" if len(listed) > _SHOWN else "")
