@@ -8,21 +8,20 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from offstep import lifecycle, ownership, shared_writer
+from offstep import lifecycle, ownership, resources, shared_writer, waiting
 from offstep.arrays import Array
 from offstep.attachments import Attachment
-from offstep.buffers import Slot, SlotPool
+from offstep.buffers import Slot
 from offstep.errors import SaveFailed
 from offstep.formats import FORMATS
 from offstep.keeping import Keeper
 from offstep.options import Options
 from offstep.ownership import Lock
 from offstep.pending import PendingSave
-from offstep.processes import Membership, find_membership
+from offstep.processes import find_membership
 from offstep.records import Leaf, PathKey, SaveStats, Target
 from offstep.rendering import Rendering
 from offstep.reports import Counts, Reports
@@ -100,48 +99,16 @@ class Engine:
             lock = hold() if hold is not None and has_lock else None
             if lock is not None:
                 undo.callback(ownership.release, lock)
-            self._open(leaves, arrays, format, empty_nodes, documents, rendering, owner, lock, membership)
-            undo.pop_all()
-
-    def _open(
-        self,
-        leaves: Sequence[Leaf],
-        arrays: Sequence[Array],
-        format: str,  # noqa: A002
-        empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]],
-        documents: dict[str, Any] | None,
-        rendering: Rendering | None,
-        owner: object | None,
-        lock: Lock | None,
-        membership: Membership | None,
-    ) -> None:
-        self.close()
-        lifecycle.check_is_running()
-        lifecycle.close_abandoned()  # before a budget is taken of what memory there is
-        options = self._options
-        plan = FORMATS[format].place(leaves, empty_nodes) if membership is None else membership.plan
-        snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
-        with held_signals(), ExitStack() as undo:
-            slots = options.slots + (options.memory_every is not None)
-            pool = SlotPool(plan.slot_bytes, slots, budget_bytes=options.memory_budget)
-            undo.callback(pool.close)
-            borrowed = shared_writer.borrow_shared(in_process=options.in_process)
-            undo.callback(shared_writer.return_shared, in_process=options.in_process)
-            for slot in pool.slots:
-                borrowed.add_slot(slot)
-                undo.callback(borrowed.drop_slot, slot)
-            if membership is None:
-                number, joint = borrowed.add_plan(plan, format, documents), None
-            else:
-                number, joint = membership.open(borrowed, documents, options)
-            needs_thread = snapshotter.mode != "host" or rendering is not None
-            lock_number = None if lock is None or lock.is_parents else borrowed.add_lock(lock)
-            fetcher = ThreadPoolExecutor(1, "offstep-fetch") if needs_thread else None
-            lifecycle.add(self)
-            self._tie = None if owner is None else lifecycle.tie(self, owner)
-            self._opened = Opened(
-                borrowed, format, number, snapshotter, pool, fetcher, rendering, lock, lock_number, joint
-            )
+            self.close()
+            lifecycle.check_is_running()
+            lifecycle.close_abandoned()  # before a budget is taken of what memory there is
+            plan = FORMATS[format].place(leaves, empty_nodes) if membership is None else membership.plan
+            options = self._options
+            snapshotter = Snapshotter(plan, arrays, mode=options.snapshot_mode, threads=options.copy_threads)
+            with held_signals():
+                self._opened = resources.borrow(snapshotter, options, format, documents, rendering, lock, membership)
+                lifecycle.add(self)
+                self._tie = None if owner is None else lifecycle.tie(self, owner)
             undo.pop_all()
 
     @property
@@ -174,18 +141,7 @@ class Engine:
             opened, self._opened = self._opened, None
             if self._tie is not None:
                 self._tie.detach()
-            if opened.fetcher is not None:
-                opened.fetcher.shutdown()
-            if opened.joint is not None:
-                opened.joint.close()
-            for slot in opened.pool.slots:
-                opened.writer.drop_slot(slot)
-            opened.writer.drop_plan(opened.plan)
-            if opened.lock_number is not None:
-                opened.writer.drop_lock(opened.lock_number)
-            if opened.lock is not None:
-                ownership.release(opened.lock)
-            opened.pool.close()
+            resources.give_back(opened)
             self._retire_if_finished()
         shared_writer.return_shared(in_process=self._options.in_process)
         lifecycle.close_abandoned()  # the writer works in order: what they submitted before us is done
@@ -194,7 +150,7 @@ class Engine:
         """Closes it unless a save is pending; never waits for one; returns whether it is closed."""
         self._save_kept()
         if self._opened is not None:
-            self._collect(self._opened)
+            self._opened.collect()
         if not self._reports.pending and not self._reports.uploading:
             self.close()
         return self._opened is None
@@ -292,7 +248,7 @@ class Engine:
         self.counts.requested += 1
         opened.writer.start()  # here, because nobody hears what the fetching thread would warn of
         waited = self._wait_for_slot(opened, must_save=must_save)
-        compute_seconds += _wait_until_computed(opened, arrays)
+        compute_seconds += waiting.wait_until_computed(opened.snapshotter, arrays)
         state_bytes = opened.snapshotter.plan.state_bytes
         stats = SaveStats(step, target(step).shown, state_bytes, 0.0, waited, compute_seconds=compute_seconds)
         pending = PendingSave(stats, note, self)
@@ -342,7 +298,7 @@ class Engine:
         if self._keeper.is_busy or not opened.pool.has_free:
             return False
         started = time.monotonic()
-        _wait_until_computed(opened, arrays)
+        waiting.wait_until_computed(opened.snapshotter, arrays)
         pending = PendingSave(SaveStats(step, "", opened.snapshotter.plan.state_bytes, 0.0, 0.0), "", self)
         about["attachments"] = attachments()
         with held_signals():
@@ -374,7 +330,7 @@ class Engine:
         if opened.pool.has_free:
             return 0.0
         while not opened.pool.has_free:
-            self._advance(until=lambda: opened.pool.has_free)
+            waiting.advance(self._reports, self._find_opened, until=lambda: opened.pool.has_free)
         return time.monotonic() - started
 
     def _replace_oldest(self, opened: Opened) -> Slot | None:
@@ -398,7 +354,7 @@ class Engine:
             SaveFailed: an earlier save failed; each failure is raised once.
         """
         if (self._reports.pending or self._reports.uploading) and self._opened is not None:
-            self._collect(self._opened)
+            self._opened.collect()
         lifecycle.close_abandoned()
         self.raise_failures()
 
@@ -408,6 +364,9 @@ class Engine:
             self._reports.pass_on()
         finally:
             self._retire_if_finished()
+
+    def _find_opened(self) -> Opened | None:
+        return self._opened  # another thread that waits may close it
 
     def wait(self, timeout: float | None) -> None:
         """Waits until all saves are durable.
@@ -422,59 +381,12 @@ class Engine:
 
     def wait_all(self, timeout: float | None) -> bool:
         """Waits until no save is pending; returns whether that was reached within `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for pending in self._reports.pending:
-            if not self._wait(pending, None if deadline is None else max(0.0, deadline - time.monotonic())):
-                return False
-        return self._wait_for_uploads(deadline)
-
-    def _wait_for_uploads(self, deadline: float | None) -> bool:
-        while self._reports.uploading and self._opened is not None:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._advance(remaining, until=lambda: not self._reports.uploading)
-            if remaining == 0:
-                break
-        return not self._reports.uploading
+        return waiting.wait_for_all(self._reports, self._find_opened, timeout)
 
     def wait_for(self, pending: PendingSave, timeout: float | None) -> None:
         """Waits until one save is durable, and raises what `PendingSave.wait` raises."""
-        if not self._wait(pending, timeout):
+        if not waiting.wait_for_one(pending, self._reports, self._find_opened, timeout):
             raise self._reports.describe_timeout(timeout, pending)
         if pending.error is not None:
             self._reports.forget_failure(pending.error)
             raise pending.error
-
-    def _wait(self, pending: PendingSave, timeout: float | None) -> bool:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not pending.done():
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not pending.wait_until_submitted(remaining):
-                return False
-            self._advance(remaining, until=pending.done)
-            if remaining == 0:
-                return pending.done()
-        return True
-
-    def _advance(self, timeout: float | None = None, *, until: Callable[[], bool]) -> None:
-        """Waits for reports, or for a transfer from the device that has to come first."""
-        opened = self._opened
-        if opened is None:  # another thread has taken the last report in, and closed
-            return
-        # What several processes commit has been written long before it is settled, and has given its slot back.
-        waiting = None if opened.joint is not None else next(iter(self._reports.pending), None)
-        if waiting is not None and not waiting.wait_until_submitted(timeout):
-            return
-        self._collect(opened, 3600.0 if timeout is None else timeout, until)
-
-    def _collect(self, opened: Opened, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
-        """Takes in what has become of saves."""
-        collect = opened.writer.collect if opened.joint is None else opened.joint.take_in
-        collect(timeout_seconds, until)
-
-
-def _wait_until_computed(opened: Opened, arrays: Sequence[Array]) -> float:
-    """Waits for the running step where the copy has to, and returns how many seconds."""
-    started = time.monotonic()
-    if opened.snapshotter.settle_mode(arrays) != "device_copy":
-        opened.snapshotter.wait_until_computed(arrays)
-    return time.monotonic() - started

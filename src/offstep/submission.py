@@ -43,6 +43,11 @@ class Opened:
     joint: JointCommits | None = None  # where the state spans several processes
     is_ready: bool = False  # slots touched, or being touched, and the writer started
 
+    def collect(self, timeout_seconds: float = 0.0, until: Callable[[], bool] = lambda: False) -> None:
+        """Takes in what has become of saves; waits as long for it, unless `until` is true."""
+        collect = self.writer.collect if self.joint is None else self.joint.take_in
+        collect(timeout_seconds, until)
+
 
 @dataclass(frozen=True)
 class Work:
