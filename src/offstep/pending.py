@@ -80,7 +80,8 @@ class PendingSave:
 
     def wait_until_submitted(self, timeout: float | None) -> bool:
         """Waits for `mark_submitted`; returns whether it came within `timeout` seconds."""
-        return self._submitted.wait(timeout)
+        # Not `wait` at once: a signal handler that raises in it may leave the event's lock held for ever.
+        return self._submitted.is_set() or self._submitted.wait(timeout)
 
     def disown(self) -> None:
         """In a forked child: ends the waiting for what is the parent's, which alone hears of it."""
