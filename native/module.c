@@ -17,6 +17,7 @@
 #include "crc32c.h"
 #include "exit.h"
 #include "finite.h"
+#include "fletcher.h"
 #include "io.h"
 #include "pool.h"
 
@@ -136,35 +137,49 @@ out:
     return result;
 }
 
-static PyObject *native_crc32c(PyObject *module, PyObject *args, PyObject *kwargs)
+/* Continues a checksum of 32 bits; `names` are those of the two arguments, the second of which is 0 unless given. */
+static PyObject *run_checksum(PyObject *args, PyObject *kwargs, const char *format, char **names,
+                              uint32_t (*extend)(uint32_t, const void *, size_t))
 {
-    static char *names[] = {"data", "crc", NULL};
     Py_buffer data;
     PyObject *start = NULL;
-    unsigned long crc = 0;
+    unsigned long sum = 0;
     PyObject *result = NULL;
-    (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y*|O:crc32c", names, &data, &start))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &data, &start))
         return NULL;
     if (start != NULL)
-        crc = PyLong_AsUnsignedLong(start);
+        sum = PyLong_AsUnsignedLong(start);
     if (PyErr_Occurred())
         goto out;
-    if (crc > UINT32_MAX) {
-        PyErr_Format(PyExc_OverflowError, "crc: expected at most 32 bits, found %lu", crc);
+    if (sum > UINT32_MAX) {
+        PyErr_Format(PyExc_OverflowError, "%s: expected at most 32 bits, found %lu", names[1], sum);
         goto out;
     }
     if (data.len < KEEP_GIL_BELOW) {
-        crc = crc32c_extend((uint32_t)crc, data.buf, (size_t)data.len);
+        sum = extend((uint32_t)sum, data.buf, (size_t)data.len);
     } else {
         Py_BEGIN_ALLOW_THREADS
-        crc = crc32c_extend((uint32_t)crc, data.buf, (size_t)data.len);
+        sum = extend((uint32_t)sum, data.buf, (size_t)data.len);
         Py_END_ALLOW_THREADS
     }
-    result = PyLong_FromUnsignedLong(crc);
+    result = PyLong_FromUnsignedLong(sum);
 out:
     PyBuffer_Release(&data);
     return result;
+}
+
+static PyObject *native_crc32c(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"data", "crc", NULL};
+    (void)module;
+    return run_checksum(args, kwargs, "y*|O:crc32c", names, crc32c_extend);
+}
+
+static PyObject *native_fletcher32(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"data", "checksum", NULL};
+    (void)module;
+    return run_checksum(args, kwargs, "y*|O:fletcher32", names, fletcher32_extend);
 }
 
 /* Returns the ranges in a buffer (free() them), or NULL with an exception; a copy, as for entries. */
@@ -339,6 +354,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("gather(sources, entries, slot, threads)\n--\n\nCopies ranges of many buffers into one slot.")},
     {"crc32c", WITH_KEYWORDS(native_crc32c),
      PyDoc_STR("crc32c(data, crc=0)\n--\n\nReturns the CRC-32C of data, continuing from crc.")},
+    {"fletcher32", WITH_KEYWORDS(native_fletcher32),
+     PyDoc_STR("fletcher32(data, checksum=0)\n--\n\nReturns HDF5's Fletcher-32 of data, continuing from a checksum.")},
     {"count_nonfinite", WITH_KEYWORDS(native_count_nonfinite),
      PyDoc_STR("count_nonfinite(data, ranges)\n--\n\nCounts the elements that are NaN or infinite.")},
     {"prefault", WITH_KEYWORDS(native_prefault),

@@ -65,7 +65,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             directories[name] = tmp_path_factory.mktemp(name)
             with warnings.catch_warnings():  # the notes are for other tests
                 warnings.simplefilter("ignore")
-                fit_zoo(name, make_pairs(directories[name], {k: o for k, o in KINDS.items() if k != "h5"}))
+                checked = ModelCheckpoint(
+                    directories[name] / "checked.weights.h5", save_weights_only=True, hdf5_checksums=True
+                )
+                pairs = make_pairs(directories[name], {k: o for k, o in KINDS.items() if k != "h5"})
+                fit_zoo(name, [*pairs, checked])
         return directories[name]
 
     return save
@@ -76,6 +80,48 @@ def test_every_dataset_and_attribute_is_that_of_stock_keras(name: str, saved: Ca
     directory = saved(name)
     for suffix in ("weights.h5", "keras"):
         assert_same(read_file(directory / f"ours.{suffix}"), read_file(directory / f"stock.{suffix}"))
+    checked = directory / "checked.weights.h5"
+    assert_same(read_file(checked), read_file(directory / "stock.weights.h5"))
+    assert list_unchecked(checked) == []
+    assert offstep.verify(checked).ok
+
+
+def list_unchecked(path: Path) -> list[str]:
+    """Returns the datasets whose values have no checksum of HDF5."""
+    found = []
+
+    def visit(name: str, node: Any) -> None:  # a group or dataset of h5py
+        if isinstance(node, h5py.Dataset) and node.size and not node.fletcher32:
+            is_in_header = node.id.get_create_plist().get_layout() == h5py.h5d.COMPACT
+            found.extend([] if is_in_header else [name])
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+@pytest.mark.parametrize("name", ["functional", "saves_logarithms"])  # by the writer, and by Keras
+def test_stock_keras_refuses_flipped_bits_in_a_file_with_checksums(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged.weights.h5"
+    path.write_bytes((saved(name) / "checked.weights.h5").read_bytes())
+    model = fit_zoo(name, [])
+    model.load_weights(path)
+    with h5py.File(path) as file:
+        place = file["layers/dense/vars/0"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras guesses at another cause
+        with pytest.raises(ValueError, match="could not be loaded"):
+            model.load_weights(path)
+
+
+def test_hdf5_checksums_are_for_weights_files() -> None:
+    with pytest.raises(ValueError, match=r"hdf5_checksums are for .weights.h5.* Received: filepath=a.keras"):
+        ModelCheckpoint("a.keras", hdf5_checksums=True)
 
 
 @pytest.mark.parametrize("name", ["functional", "subclassed", "scaled_loss", "saves_logarithms"])

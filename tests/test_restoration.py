@@ -611,10 +611,13 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path: Path) -> None:
         offstep.restore(model, path)
 
 
-def test_a_flipped_bit_in_a_weights_file_of_ours_is_found_before_anything_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hdf5_checksums", [False, True])
+def test_a_flipped_bit_in_a_weights_file_of_ours_is_found_before_anything_changes(
+    hdf5_checksums: bool, tmp_path: Path
+) -> None:
     model = make_model()
     path = tmp_path / "m.weights.h5"
-    fit(model, [ModelCheckpoint(path, save_weights_only=True)], epochs=1)
+    fit(model, [ModelCheckpoint(path, save_weights_only=True, hdf5_checksums=hdf5_checksums)], epochs=1)
     assert offstep.restore(make_model(), path).step == 7
     content = path.read_bytes()
     kernel = np.asarray(model.get_layer("first").kernel).tobytes()

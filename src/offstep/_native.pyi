@@ -43,6 +43,9 @@ def gather(sources: Sequence[int], entries: _Readable, slot: _Writable, threads:
 def crc32c(data: _Readable, crc: int = 0) -> int:
     """Returns the CRC-32C (RFC 3720; zarr3's `crc32c` codec) of `data`, continuing from `crc`."""
 
+def fletcher32(data: _Readable, checksum: int = 0) -> int:
+    """Returns HDF5's Fletcher-32 of `data`, continuing from that of what comes before, of an even length."""
+
 def count_nonfinite(data: _Readable, ranges: _Readable) -> int:
     """Returns how many elements in some ranges of `data` are NaN or infinite.
 

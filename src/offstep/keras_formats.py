@@ -10,6 +10,7 @@ import numpy as np
 
 from offstep import keras_files, keras_names, keras_state
 from offstep.arrays import Array, describe_leaf
+from offstep.formats.hdf5_checked import add_checksums
 from offstep.keras_files import FilePlan
 from offstep.keras_rebuild import Model
 from offstep.records import Leaf, PathKey
@@ -51,6 +52,7 @@ def describe_form(
     *,
     weights_only: bool = False,
     skip_unchanged: bool = False,
+    hdf5_checksums: bool = False,
 ) -> Form:
     """Describes `model`'s state, whose live arrays are `arrays`.
 
@@ -61,11 +63,12 @@ def describe_form(
         weights_only: For a directory: `arrays` are those without optimizer and metrics. Files hold what stock Keras
             puts into them.
         skip_unchanged: For a directory: weights that are not trainable are expected to stay as they are.
+        hdf5_checksums: For `WEIGHTS`: arrays have the checksums that HDF5 itself verifies.
     """
     if format == DIRECTORY:
         frozen = _find_frozen(model) if skip_unchanged else range(0)
         return _describe_directory(model, arrays, weights_only, frozen)
-    return _describe_file(model, arrays, format)
+    return _describe_file(model, arrays, format, hdf5_checksums=hdf5_checksums and format == WEIGHTS)
 
 
 def _find_frozen(model: Model) -> range:
@@ -90,7 +93,13 @@ def _describe_directory(model: Model, arrays: Sequence[Array], weights_only: boo
     )
 
 
-def _describe_file(model: Model, arrays: Sequence[Array], format: str) -> Form:  # noqa: A002
+def _describe_file(
+    model: Model,
+    arrays: Sequence[Array],
+    format: str,  # noqa: A002
+    *,
+    hdf5_checksums: bool,
+) -> Form:
     plan, documents = _plan_file(model, format)
     paths: list[tuple[PathKey, ...]] = [tuple(path.split("/")) for path in plan.sources]
     order = list(plan.sources.values())
@@ -102,12 +111,15 @@ def _describe_file(model: Model, arrays: Sequence[Array], format: str) -> Form: 
     counter = keras_state.find_iteration(model)
 
     def render(taken: Sequence[np.ndarray]) -> bytes:
-        return keras_files.render_file(model, format, _by_number(order, taken))
+        content = keras_files.render_file(model, format, _by_number(order, taken))
+        return add_checksums(content) if hdf5_checksums else content
 
     def find_difference(taken: Sequence[np.ndarray]) -> str:
         return keras_files.find_difference(model, plan, _by_number(order, taken))
 
     rate = keras_state.find_learning_rate(model)
+    if documents is not None and hdf5_checksums:
+        documents |= {"hdf5_checksums": True}
     if documents is not None and rate is not None:
         documents |= {"learning_rate": order.index(rate)}
     return Form(

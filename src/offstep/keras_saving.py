@@ -44,6 +44,7 @@ class SavingCheckpoint(DecidingCheckpoint):
     _keep_best: int
     _keep_every: int | None
     _skip_unchanged: bool
+    _hdf5_checksums: bool
     _takeover: bool
     _order: tuple[int, ...]  # which live array each leaf is
     _iteration_index: int | None
@@ -256,6 +257,7 @@ class SavingCheckpoint(DecidingCheckpoint):
             self._destination.format,
             weights_only=self.save_weights_only,
             skip_unchanged=self._skip_unchanged,
+            hdf5_checksums=self._hdf5_checksums,
         )
         if any(map(spans_processes, arrays)):
             self._refuse_own_decisions()

@@ -158,7 +158,9 @@ def _overwrite(file: IO[bytes], source: Reader, values: Values) -> None:
     import h5py  # Orbax directories do without it
 
     file.seek(0)
-    with h5py.File(file, "r+") as h5:
+    # A chunk, of a file with HDF5's checksums a whole leaf, is read and written once if it fits into the cache.
+    cache_bytes = max((Region(leaf).size_bytes for leaf in source.contents.leaves), default=0)
+    with h5py.File(file, "r+", rdcc_nbytes=max(cache_bytes, 1 << 20)) as h5:
         for leaf in source.contents.leaves:
             dataset = h5[leaf.name]
             for region in split_leaf(leaf):

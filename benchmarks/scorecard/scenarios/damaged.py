@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from bench import Bench, Ended, Hung, Process
 from damage import choose_file, choose_flip, cut_short, flipped
@@ -41,12 +42,12 @@ def _cut(chance: Random, checkpoint: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _checkpoint(bench: Bench, peer: Peer) -> Iterator[tuple[Path, Path]]:
+def _checkpoint(bench: Bench, peer: Peer, **options: Any) -> Iterator[tuple[Path, Path]]:
     """Yields a directory with one checkpoint that can be read, and the checkpoint."""
     with bench.directory() as workplace:
         directory = workplace / "run"
         directory.mkdir()
-        trainee = bench.start(peer, directory, shape=_SHAPE, batches=_STEP, save_every=_STEP)
+        trainee = bench.start(peer, directory, shape=_SHAPE, batches=_STEP, save_every=_STEP, options=options)
         trainee.hear_out()
         bench.settle()
         states = [found.state for found in bench.find(peer, directory, _SHAPE)]
@@ -54,9 +55,9 @@ def _checkpoint(bench: Bench, peer: Peer) -> Iterator[tuple[Path, Path]]:
         yield directory, directory / (peer.file or str(_STEP))
 
 
-def _read_damaged(damage: Damage) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
+def _read_damaged(damage: Damage, **options: Any) -> Callable[[Bench, Peer, int], Generator[Verdict]]:
     def run(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
-        with _checkpoint(bench, peer) as (directory, checkpoint):
+        with _checkpoint(bench, peer, **options) as (directory, checkpoint):
             for _ in range(count):
                 with damage(bench.random, checkpoint) as what:
                     verdict = _judge(bench, peer, directory, what)
@@ -126,6 +127,14 @@ SCENARIOS = (
         peer_trials=1_000,
         quick=20,
         peers=_UNCHECKED,
+    ),
+    Scenario(
+        "flipped_bit_checksums",
+        "one bit of a `.weights.h5` with `hdf5_checksums=True` is flipped at rest, stock Keras",
+        _read_damaged(_flip, hdf5_checksums=True),
+        trials=1_000,
+        quick=20,
+        peers=("offstep_weights",),
     ),
     Scenario(
         "flipped_bit_verify",

@@ -27,7 +27,9 @@ WEIGHTS_NAME = "model.weights.h5"
 _BLOCK_BYTES = 8 << 20
 _FOOTER = struct.Struct("<Q8s")
 _MARK = b"offstep\x01"
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SUPERBLOCK = struct.Struct("<8sB4xB26xQ")  # signature, version, size of offsets, end of the file
+_CHECKED_SUPERBLOCK = struct.Struct("<8sBB18xQ")  # the same in version 3
 _ARCHIVE_END, _ARCHIVE_END_BYTES = b"PK\x05\x06", 22  # of a ZIP archive, before its comment
 _TAIL_BYTES = 1 << 17  # of an object in a store: enough for most manifests, and its whole size nobody tells
 _MOST_COMMENT_BYTES = 65_535
@@ -139,7 +141,10 @@ def _read_end(head: bytes) -> int:
     if len(head) < _SUPERBLOCK.size:
         return 0
     signature, version, offset_bytes, end = _SUPERBLOCK.unpack(head)
-    return int(end) if (signature, version, offset_bytes) == (b"\x89HDF\r\n\x1a\n", 0, 8) else 0
+    if (signature, version, offset_bytes) == (_SIGNATURE, 0, 8):
+        return int(end)
+    signature, version, offset_bytes, end = _CHECKED_SUPERBLOCK.unpack_from(head)
+    return int(end) if (signature, version, offset_bytes) == (_SIGNATURE, 3, 8) else 0
 
 
 def check(path: Path, files: Mapping[str, FileRecord]) -> Problem | None:

@@ -8,8 +8,9 @@ object header) and IV.A.2.i (data layout message).
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,50 +77,67 @@ def make_skeleton(datasets: Sequence[Dataset], groups: Mapping[str, Mapping[str,
     Raises:
         RuntimeError: this version of HDF5 writes something else than what is documented.
     """
-    import h5py  # the trainer and other formats do without
-
     # The oldest version of the format, whatever becomes the default: its object headers carry no checksums.
-    with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=("earliest", "v110")) as file:
-        for path, attributes in groups.items():
-            group = file.require_group(path)
-            for name, value in attributes.items():
-                group.attrs[name] = value
-        headers = [_add_dataset(file, dataset) for dataset in datasets]
-        file.flush()
-        image: bytes = file.id.get_file_image()
-    _check(image[8] == 0, f"superblock version {image[8]}")
+    image, headers = render(datasets, groups, ("earliest", "v110"), _create)
+    check(image[8] == 0, f"superblock version {image[8]}")
     positions = [_find_address(image, header, dataset) for header, dataset in zip(headers, datasets, strict=True)]
     layouts = zip(positions, (dataset.offset for dataset in datasets), strict=True)
     return Skeleton(image, tuple((position, offset) for position, offset in layouts if position is not None))
 
 
-def _add_dataset(file: Any, dataset: Dataset) -> int:  # h5py.File
-    """Returns the address of the object header."""
-    import h5py
+def render(
+    datasets: Sequence[Dataset],
+    groups: Mapping[str, Mapping[str, str]],
+    libver: tuple[str, str],
+    create: Callable[[Any, Dataset, np.dtype[Any]], Any],  # of h5py: a file, and a dataset
+) -> tuple[bytes, list[int]]:
+    """Returns what h5py makes of datasets without data and of groups, and where each dataset's object header is."""
+    import h5py  # the trainer and other formats do without
 
-    added = file.create_dataset(dataset.path, dataset.shape, np.dtype(getattr(ml_dtypes, dataset.dtype, dataset.dtype)))
-    if dataset.dtype == "bfloat16":
-        added.attrs["dtype"] = "bfloat16"  # HDF5 knows no such type; Keras looks for this
-    address: int = h5py.h5o.get_info(added.id).addr
-    return address
+    with h5py.File("skeleton", "w", driver="core", backing_store=False, libver=libver) as file:
+        for path, attributes in groups.items():
+            group = file.require_group(path)
+            for name, value in attributes.items():
+                group.attrs[name] = value
+        added = [create(file, dataset, find_dtype(dataset)) for dataset in datasets]
+        for dataset, made in zip(datasets, added, strict=True):
+            if dataset.dtype == "bfloat16":
+                made.attrs["dtype"] = "bfloat16"  # HDF5 knows no such type; Keras looks for this
+        headers = [h5py.h5o.get_info(made.id).addr for made in added]
+        file.flush()
+        image: bytes = file.id.get_file_image()
+    return image, headers
+
+
+def find_dtype(dataset: Dataset) -> np.dtype[Any]:
+    """Returns the NumPy type of a dataset's elements."""
+    return np.dtype(getattr(ml_dtypes, dataset.dtype, dataset.dtype))
+
+
+def count_bytes(dataset: Dataset) -> int:
+    """Returns how many bytes the values of a dataset take."""
+    return math.prod(dataset.shape) * find_dtype(dataset).itemsize
+
+
+def _create(file: Any, dataset: Dataset, dtype: np.dtype[Any]) -> Any:  # of h5py
+    return file.create_dataset(dataset.path, dataset.shape, dtype)
 
 
 def _find_address(image: bytes, header: int, dataset: Dataset) -> int | None:
     """Returns where in the image the dataset's address is; `None` for one without elements."""
     found = [at for kind, at in _messages(image, header) if kind == _LAYOUT_TYPE]
-    _check(len(found) == 1, f"{dataset.path} has {len(found)} layouts")
+    check(len(found) == 1, f"{dataset.path} has {len(found)} layouts")
     version, kind, address, size = _LAYOUT.unpack_from(image, found[0])
-    _check((version, kind) == (_LAYOUT_VERSION, _CONTIGUOUS), f"{dataset.path} has layout {version}, {kind}")
-    _check(address == _UNDEFINED, f"{dataset.path} has data")
-    itemsize = np.dtype(getattr(ml_dtypes, dataset.dtype, dataset.dtype)).itemsize
-    _check(size == int(np.prod(dataset.shape, dtype=np.int64)) * itemsize, f"{dataset.path} has {size} bytes")
+    check((version, kind) == (_LAYOUT_VERSION, _CONTIGUOUS), f"{dataset.path} has layout {version}, {kind}")
+    check(address == _UNDEFINED, f"{dataset.path} has data")
+    check(size == count_bytes(dataset), f"{dataset.path} has {size} bytes")
     return found[0] + 2 if size else None
 
 
 def _messages(image: bytes, header: int) -> Iterator[tuple[int, int]]:
     """Yields type and place of the data of each message of an object header."""
     version, _, _, size = _HEADER.unpack_from(image, header)
-    _check(version == 1, f"object header version {version}")
+    check(version == 1, f"object header version {version}")
     blocks = [(header + _HEADER.size, size)]
     for start, length in blocks:  # grows on the way
         at = start
@@ -132,6 +150,7 @@ def _messages(image: bytes, header: int) -> Iterator[tuple[int, int]]:
             at += bytes_
 
 
-def _check(is_so: bool, found: str) -> None:
+def check(is_so: bool, found: str) -> None:
+    """Raises a `RuntimeError` where HDF5 has written something else than what is documented."""
     if not is_so:
         raise RuntimeError(f"this version of HDF5 writes what offstep does not know: {found}")

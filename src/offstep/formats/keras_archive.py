@@ -19,7 +19,8 @@ import numpy as np
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats.file_manifest import WEIGHTS_NAME, encode_comment
 from offstep.formats.file_staging import stage_file
-from offstep.formats.keras_weights import computed_beside, make_plan_skeleton, round_to_pages
+from offstep.formats.hdf5_skeleton import make_skeleton
+from offstep.formats.keras_weights import computed_beside, list_datasets, round_to_pages
 from offstep.formats.model_config import ModelConfig, parse_config
 from offstep.formats.stored_zip import SMALLEST_PADDING, Member, Moment, encode_directory, encode_header
 from offstep.manifest import FileRecord
@@ -66,7 +67,8 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedArchive:  #
     hexadecimal text by name, and `learning_rate`, the number of the leaf that the config quotes, if one does.
     """
     assert documents is not None, "an archive has a config"
-    skeleton, body_bytes = make_plan_skeleton(plan, documents["groups"])
+    datasets, body_bytes = list_datasets(plan)
+    skeleton = make_skeleton(datasets, documents["groups"])
     number = documents.get("learning_rate")
     rate = None if number is None else plan.leaves[number]
     metadata, config = documents["metadata"], parse_config(documents["config"], quotes_rate=rate is not None)

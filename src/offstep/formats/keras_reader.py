@@ -16,6 +16,7 @@ import numpy as np
 from offstep import commit
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
 from offstep.formats import file_manifest
+from offstep.formats.hdf5_checksums import CHECKSUM_BYTES
 from offstep.formats.hdf5_index import UnknownLayout, list_datasets
 from offstep.formats.orbax_reader import parse_manifest
 from offstep.host_memory import make_array
@@ -89,7 +90,7 @@ class KerasReader:
             [make_array(region.shape, as_dtype(region.leaf.dtype)) for region in regions] if into is None else into
         )
         for region, target in zip(regions, targets, strict=True):
-            offset = self._find_offset(region)
+            offset = self._find_offset(region) if target.flags.c_contiguous else None
             if offset is None:
                 target[...] = self._read_by_hdf5(region)
             else:
@@ -97,7 +98,7 @@ class KerasReader:
         return list(targets)
 
     def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
-        """Checks the file's checksum; a `.weights.h5` of stock Keras has none, so that only its reading is tried."""
+        """Checks the file's checksum; without one its reading is tried, in which HDF5 checks what it can."""
         if self._archive is not None:
             self._check_member()
         elif self._is_covered:
@@ -106,7 +107,7 @@ class KerasReader:
                 raise CheckpointDamaged(f"{self.path} is damaged ({problem}); restore another checkpoint")
         else:
             for leaf in leaves:
-                self.read([Region(leaf)], threads)
+                self._read_by_hdf5(Region(leaf))
 
     def close(self) -> None:
         """Closes the file."""
@@ -195,9 +196,12 @@ class KerasReader:
         return parse_manifest(text, self.path) if text else {}
 
     def _find_offset(self, region: Region) -> int | None:
-        """Returns where in the file a whole dataset lies in one piece, in our byte order; `None` if it does not."""
+        """Returns where in the file a region lies in one piece, in our byte order; `None` if it does not."""
         offset = self._datasets[region.leaf.name].offset
-        return None if self._start is None or not region.is_whole or offset is None else self._start + offset
+        first = _find_first(region)
+        if self._start is None or offset is None or first is None:
+            return None
+        return self._start + offset + first * as_dtype(region.leaf.dtype).itemsize
 
     def _read_at(self, offset: int, target: np.ndarray, leaf: StoredLeaf) -> None:
         pending = target.reshape(-1).view(np.uint8).data
@@ -217,6 +221,17 @@ class KerasReader:
         host = np.ascontiguousarray(found).reshape(region.shape)
         dtype = as_dtype(region.leaf.dtype)
         return host if host.dtype == dtype else host.view(dtype) if host.dtype.kind == "V" else host.astype(dtype)
+
+
+def _find_first(region: Region) -> int | None:
+    """Returns the number of a region's first element, where the others follow it in one piece; else `None`."""
+    first, is_one = 0, True  # whether along all axes so far one row is wanted
+    for (start, stop), size in zip(region.box, region.leaf.shape, strict=True):
+        if (start, stop) != (0, size) and not is_one:
+            return None
+        first = first * size + start
+        is_one = is_one and stop - start == 1
+    return first
 
 
 class _Window(io.RawIOBase):
@@ -293,5 +308,16 @@ def _describe(name: str, dataset: Any) -> _Dataset:  # of h5py
     _check_dataset(name, dataset)
     dtype = str(dataset.attrs.get("dtype", dataset.dtype.name))
     is_plain = bool(dataset.dtype.isnative) and dataset.dtype.itemsize == as_dtype(dtype).itemsize
-    offset = dataset.id.get_offset() if is_plain else None
-    return _Dataset(tuple(dataset.shape), dtype, None if offset is None else int(offset), is_plain)
+    return _Dataset(tuple(dataset.shape), dtype, _find_values(dataset) if is_plain else None, is_plain)
+
+
+def _find_values(dataset: Any) -> int | None:  # of h5py
+    """Returns where the values of a dataset lie in one piece; `None` where they do not."""
+    if dataset.chunks is None:
+        offset = dataset.id.get_offset()
+        return None if offset is None else int(offset)
+    is_plain = dataset.fletcher32 and not (dataset.compression or dataset.shuffle or dataset.scaleoffset)
+    if dataset.chunks != dataset.shape or not is_plain or dataset.id.get_num_chunks() != 1:
+        return None
+    chunk = dataset.id.get_chunk_info(0)
+    return int(chunk.byte_offset) if chunk.size == dataset.nbytes + CHECKSUM_BYTES else None

@@ -4,6 +4,7 @@
     slot = (element*  crc)*         each dataset whole and in row-major order, then a CRC-32C that HDF5 does not look at
 
 The snapshot may hold more leaves than the file: those without a path lie behind all others and are cut off.
+On request HDF5's own checksums take the place of the CRCs, see `hdf5_checked`.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+from offstep import commit
 from offstep._native import crc32c
 from offstep.finiteness import counted_beside, float_table
 from offstep.formats.file_manifest import WEIGHTS_NAME, encode_trailer
 from offstep.formats.file_staging import stage_file
-from offstep.formats.hdf5_skeleton import Dataset, Skeleton, make_skeleton
+from offstep.formats.hdf5_checked import CheckedSkeleton, make_checked_skeleton
+from offstep.formats.hdf5_checksums import ArrayChecksums
+from offstep.formats.hdf5_skeleton import Dataset, make_skeleton
 from offstep.manifest import FileRecord
 from offstep.plans import make_whole_plan
 from offstep.records import Job, Leaf, PathKey, Plan
+from offstep.stores.staging import StagedObject
 
 Checksum = Callable[[memoryview, int], int]
+Staged = commit.StagedFile | StagedObject
 
 PAGE_BYTES = 4096
 _IO_THREADS = 2
+_FIRST_PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,14 @@ class PreparedFile:
         crc: CRC-32C of `head`.
         body_bytes: How much of the slot belongs to the file.
         float_table: Where values may be NaN or infinite, for `finiteness`.
+        checked: What HDF5's own checksums are put into; `None` for a file without.
     """
 
     head: bytes
     crc: int
     body_bytes: int
     float_table: bytes
+    checked: CheckedSkeleton | None = None
 
 
 def place(leaves: Sequence[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]]) -> Plan:
@@ -54,11 +64,14 @@ def place(leaves: Sequence[Leaf], empty_nodes: Sequence[tuple[tuple[PathKey, ...
 
 
 def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedFile:  # JSON
-    """Makes the file's metadata; `documents` is `{"groups": {path: {attribute: text}}}`."""
-    skeleton, body_bytes = make_plan_skeleton(plan, (documents or {}).get("groups", {}))
+    """Makes the file's metadata; `documents` is `{"groups": {path: {attribute: text}}, "hdf5_checksums": bool}`."""
+    groups = (documents or {}).get("groups", {})
+    datasets, body_bytes = list_datasets(plan)
+    checked = make_checked_skeleton(datasets, groups) if (documents or {}).get("hdf5_checksums") else None
+    skeleton = checked or make_skeleton(datasets, groups)
     data_at = round_to_pages(len(skeleton.image))
     head = skeleton.encode(data_at=data_at, data_bytes=body_bytes)
-    return PreparedFile(head, crc32c(head), body_bytes, float_table(plan))
+    return PreparedFile(head, crc32c(head), body_bytes, float_table(plan), checked)
 
 
 def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
@@ -67,20 +80,47 @@ def write(job: Job, prepared: PreparedFile, slot: mmap.mmap) -> int:
     Raises:
         OSError: it is not durable; an older file is untouched.
     """
-    head = prepared.head
-    file_bytes = len(head) + prepared.body_bytes
+    file_bytes = len(prepared.head) + prepared.body_bytes
     with stage_file(job, file_bytes) as staged, memoryview(slot) as view:
         body = view[: prepared.body_bytes]
-        with (
-            counted_beside(view, prepared.float_table) as nonfinite,
-            computed_beside(crc32c, body, prepared.crc) as crc,
-        ):
-            staged.write(head, 0)
-            staged.write(body, len(head), io_threads=_IO_THREADS)
-            trailer = encode_trailer(job, {WEIGHTS_NAME: FileRecord(file_bytes, crc())}, nonfinite())
+        with counted_beside(view, prepared.float_table) as nonfinite:
+            crc = (_write_plain if prepared.checked is None else _write_checked)(staged, prepared, body)
+            trailer = encode_trailer(job, {WEIGHTS_NAME: FileRecord(file_bytes, crc)}, nonfinite())
         staged.write(trailer, file_bytes)
         staged.commit(file_bytes + len(trailer))
     return file_bytes + len(trailer)
+
+
+def _write_plain(staged: Staged, prepared: PreparedFile, body: memoryview) -> int:
+    """Writes the HDF5 file and returns its CRC-32C."""
+    with computed_beside(crc32c, body, prepared.crc) as crc:
+        staged.write(prepared.head, 0)
+        staged.write(body, len(prepared.head), io_threads=_IO_THREADS)
+        return crc()
+
+
+def _write_checked(staged: Staged, prepared: PreparedFile, body: memoryview) -> int:
+    """Does the same with HDF5's checksums, which have to be in the slot before it is written."""
+    assert prepared.checked is not None
+    head = prepared.checked.put_scalars(prepared.head, body)
+    staged.write(head, 0)
+    checksums, at = ArrayChecksums(body, prepared.checked.list_arrays()), len(head)
+    pieces = list(_cut(body))
+    crc = checksums.extend(pieces[0], crc32c(head)) if pieces else crc32c(head)
+    for piece, following in zip_longest(pieces, pieces[1:], fillvalue=body[:0]):
+        with computed_beside(checksums.extend, following, crc) as extended:
+            staged.write(piece, at, io_threads=_IO_THREADS)
+            crc = extended()
+        at += len(piece)
+    return crc
+
+
+def _cut(body: memoryview) -> Iterator[memoryview]:
+    """Cuts into pieces, each twice as large as the one before: its checksums are done before that is written."""
+    at, size = 0, _FIRST_PIECE_BYTES
+    while at < len(body):
+        yield body[at : at + size]
+        at, size = at + size, 2 * size
 
 
 @contextmanager
@@ -94,15 +134,14 @@ def computed_beside(checksum: Checksum, body: memoryview, crc: int) -> Iterator[
         yield answer
 
 
-def make_plan_skeleton(plan: Plan, groups: dict[str, dict[str, str]]) -> tuple[Skeleton, int]:
-    """Returns the metadata for the leaves that have paths, and how many bytes of the slot these leaves take."""
+def list_datasets(plan: Plan) -> tuple[list[Dataset], int]:
+    """Returns what the leaves that have paths are in a file, and how many bytes of the slot these leaves take."""
+    layouts = [layout for layout in plan.leaves if layout.leaf.path]
     datasets = [
         Dataset("/".join(map(str, layout.leaf.path)), layout.leaf.shape, layout.leaf.dtype, layout.offset)
-        for layout in plan.leaves
-        if layout.leaf.path
+        for layout in layouts
     ]
-    ends = [layout.offset + layout.chunk_count * layout.stride_bytes for layout in plan.leaves if layout.leaf.path]
-    return make_skeleton(datasets, groups), round_to_pages(max(ends, default=0))
+    return datasets, round_to_pages(max((layout.end for layout in layouts), default=0))
 
 
 def round_to_pages(size_bytes: int) -> int:
