@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from offstep.writer import Writer
+
 # Before anything imports Keras or JAX: both read their settings once.
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+_held: list[Writer] = []  # what `one_writer` holds
+
+
+def pytest_configure() -> None:
+    """Has programs compiled fast, and once for all tests and the processes that they start.
+
+    Most of the time went there, and nothing that is tested depends on how fast a training step is.
+    """
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    directory = tempfile.mkdtemp(prefix="offstep-programs-")
+    atexit.register(shutil.rmtree, directory)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(autouse=True)
@@ -32,24 +54,24 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lets models that are made again and again in a module be compiled once."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
+def one_writer() -> Iterator[None]:
+    """Lets the tests of a module share a writer process: to start one takes most of the time of a small save."""
+    from offstep import shared_writer
 
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    _held.append(shared_writer.borrow_shared())
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    shared_writer.return_shared()
+    _held.clear()
+
+
+@pytest.fixture
+def own_writers(one_writer: None) -> Iterator[None]:
+    """Gives a test in such a module writers that start and end with their users."""
+    from offstep import shared_writer
+
+    shared_writer.return_shared()
+    yield
+    shared_writer.borrow_shared()
 
 
 def _find_owned() -> set[str]:
@@ -58,9 +80,11 @@ def _find_owned() -> set[str]:
 
 def _find_children() -> set[str]:
     names = set()
+    shared = [writer.pid for writer in _held]
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            names.add(f"process {child.pid} {child.name()}")
+            if child.pid not in shared:
+                names.add(f"process {child.pid} {child.name()}")
     return names
 
 

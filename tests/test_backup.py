@@ -22,7 +22,7 @@ from runs import list_steps
 from offstep import BackupAndRestore, CheckpointNotFound, ModelCheckpoint, StructureMismatch, disk, ownership
 
 pytestmark = [
-    pytest.mark.usefixtures("programs_on_disk"),
+    pytest.mark.usefixtures("one_writer"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras, within `pytest.warns`
 ]
 

@@ -19,6 +19,8 @@ import offstep
 from offstep import BackupAndRestore, Checkpointer, ModelCheckpoint
 from offstep.cards import make_card
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 
 def words_of(html: str | None) -> str:
     assert html is not None

@@ -41,6 +41,8 @@ from offstep.errors import (
 )
 from offstep.manifest import FileRecord, Manifest, read
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 
 class Moments(NamedTuple):
     """As optax has them."""
@@ -419,6 +421,7 @@ def test_a_step_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) ->
             checkpointer.restore(2)
 
 
+@pytest.mark.usefixtures("own_writers")
 def test_a_checkpointer_may_be_used_again_after_close(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     checkpointer.close()
@@ -441,6 +444,7 @@ def test_a_relative_directory_stays_the_same_after_a_change_of_directory(
     assert os.listdir(tmp_path / "run/deep") == ["1"]
 
 
+@pytest.mark.usefixtures("own_writers")
 def test_the_slots_of_forgotten_checkpointers_are_freed_by_the_next_ones(tmp_path: Path) -> None:
     for step in range(10):
         Checkpointer(tmp_path).save(step, tree(step))
@@ -674,11 +678,15 @@ def test_a_failed_save_is_raised_by_its_own_wait_and_not_again(tmp_path: Path) -
 
 
 def test_each_of_several_failures_is_raised(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(0, tree())
+    checkpointer.wait()
+    (writer,) = find_writers()
+    writer.suspend()  # or the failure of step 1 is raised by the save of step 2
     for step in (1, 2):
         put_in_the_way(tmp_path, step)
-    checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(1, tree())
-    checkpointer.save(2, tree())
+        checkpointer.save(step, tree())
+    writer.resume()
     with pytest.raises(SaveFailed, match="step 1"):
         checkpointer.close()
     with pytest.raises(SaveFailed, match="step 2"):

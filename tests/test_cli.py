@@ -23,6 +23,8 @@ from slots import Arrays, save_arrays
 from offstep import ModelCheckpoint, ownership
 from offstep.manifest import build
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 COMMANDS: dict[str, tuple[str, ...]] = {
     "ls": (),
     "inspect": ("--stats",),

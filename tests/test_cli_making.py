@@ -23,6 +23,8 @@ from offstep.discovery import open_checkpoint
 from offstep.formats import file_manifest
 from offstep.stored import StoredLeaf
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 OK, USAGE, UNSUITABLE, REFUSED = 0, 2, 4, 6
 State = dict[str, np.ndarray]
 

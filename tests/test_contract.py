@@ -14,6 +14,8 @@ from runs import BATCHES, StockRecord, assert_same, fit, iterations, list_steps,
 
 from offstep import BackupAndRestore, Checkpointer, ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 Model = Any  # Keras carries no types
 
 

@@ -24,6 +24,8 @@ from runs import read_step
 
 from offstep import ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 Model = Any  # Keras carries no types
 Logs = dict[str, Any]  # numbers and arrays
 

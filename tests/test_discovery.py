@@ -14,6 +14,8 @@ import offstep
 from offstep import Checkpointer, ModelCheckpoint
 from offstep.manifest import build
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 
 def save_steps(root: Path, metrics: dict[int, float | None]) -> None:
     for step, value in metrics.items():

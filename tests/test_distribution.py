@@ -41,8 +41,14 @@ def test_each_array_is_stored_once(saved: Path) -> None:
     assert 4 * (3 * weights + 2 * 64) <= report["state_bytes"] < 4 * (3 * weights + 2 * 64) + 200
 
 
-@pytest.mark.parametrize("kind", ["none", "one", "data", "model", "model_wide"])
+@pytest.mark.parametrize("kind", ["none", "one", "model_wide"])
 def test_stock_keras_loads_it_on_other_devices(kind: str, saved: Path) -> None:
+    run("load", kind, saved)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_stock_keras_loads_it_on_as_many_devices(kind: str, saved: Path) -> None:
     run("load", kind, saved)
 
 

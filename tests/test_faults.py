@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -308,11 +309,20 @@ ENDINGS = {
     "sys.exit(3)": ("sys.exit(3)", 3),
     "an exception": ("raise ValueError('of the training')", 1),
 }
-endings = pytest.mark.parametrize(("ending", "status"), ENDINGS.values(), ids=ENDINGS.keys())
+
+
+def every_ending() -> Iterator[Any]:  # of pytest
+    """Every ending where a process writes; the other ways to save meet one each, and the rest in the campaigns."""
+    for how, name in product(("process", "thread", "device_copy"), ENDINGS):
+        is_chosen = how == "process" or (how, name) in {("thread", "an exception"), ("device_copy", "sys.exit(3)")}
+        marks = () if is_chosen else (pytest.mark.campaign,)
+        yield pytest.param(how, *ENDINGS[name], id=f"{how}-{name}", marks=marks)
+
+
+endings = pytest.mark.parametrize(("how", "ending", "status"), list(every_ending()))
 
 
 @endings
-@pytest.mark.parametrize("how", ["process", "thread", "device_copy"])
 def test_what_a_script_saved_before_it_ended_becomes_durable(
     tmp_path: Path, how: str, ending: str, status: int
 ) -> None:
@@ -331,7 +341,6 @@ tell("thread" if options.get("in_process") else writer_pid())
 
 
 @endings
-@pytest.mark.parametrize("how", ["process", "thread", "device_copy"])
 def test_a_script_that_ends_without_hearing_of_a_failure_prints_it_and_fails(
     tmp_path: Path, how: str, ending: str, status: int
 ) -> None:

@@ -17,6 +17,8 @@ from runs import fit, list_steps, make_model
 from offstep import ModelCheckpoint
 from offstep.frequency import Choice, Frequency, parse_budget
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 
 @dataclass
 class Run:

@@ -19,6 +19,8 @@ from offstep import BackupAndRestore, ModelCheckpoint, SaveStats
 from offstep.event_log import EventLog
 from offstep.observation import DURABLE_EVENT, STALL_EVENT, WRITE_EVENT
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 
 @contextmanager
 def expected_warning(text: str) -> Iterator[None]:

@@ -17,8 +17,6 @@ from offstep import ModelCheckpoint
 
 Options = dict[str, Any]  # arguments of Keras
 
-pytestmark = pytest.mark.usefixtures("programs_on_disk")
-
 
 class Watch(keras.callbacks.Callback):
     """Notes before which batches, counted from 0, there is a writer; gives the epochs a `score`."""

@@ -70,7 +70,6 @@ def run_line(line: str, scripts: dict[str | None, str]) -> str:
     return ""
 
 
-@pytest.mark.usefixtures("programs_on_disk")
 def test_saving_changes_no_bit_of_a_training(tmp_path: Path) -> None:
     with_saves, without = make_model(), make_model()
     fit(with_saves, [offstep.ModelCheckpoint(tmp_path / "{step}", save_freq=2)])
@@ -78,7 +77,6 @@ def test_saving_changes_no_bit_of_a_training(tmp_path: Path) -> None:
     assert_same(read_state(with_saves), read_state(without))
 
 
-@pytest.mark.usefixtures("programs_on_disk")
 def test_every_block_of_the_migration_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = find_blocks((ROOT / "docs/migration.md").read_text())

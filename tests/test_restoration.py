@@ -27,6 +27,8 @@ import offstep
 from offstep import Checkpointer, ModelCheckpoint
 from offstep.errors import CheckpointDamaged, CheckpointNotFound, StructureMismatch, UnsupportedFormat
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 Model = Any  # Keras carries no types
 
 

@@ -35,7 +35,7 @@ Callback = Any  # Keras carries no types
 MakeCallbacks = Callable[[], list[Callback]]
 
 pytestmark = [
-    pytest.mark.usefixtures("programs_on_disk"),
+    pytest.mark.usefixtures("one_writer"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras, within `pytest.warns`
 ]
 

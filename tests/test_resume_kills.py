@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,20 +73,6 @@ def read_batch(line: str) -> int:
 @cache
 def expected_result(mode: str) -> Any:  # JSON
     return json.loads(run(mode)[-1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles once for all processes."""
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        yield
 
 
 def run(mode: str, *arguments: Path) -> list[str]:

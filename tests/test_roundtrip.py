@@ -22,6 +22,8 @@ from runs import assert_same, fit, list_steps, make_model, read_state, read_step
 
 from offstep import ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 Model = Any  # Keras carries no types
 GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 

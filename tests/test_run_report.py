@@ -19,6 +19,8 @@ from test_cli import as_nobody
 
 from offstep import ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 OK, USAGE, NOTHING, UNSUITABLE, REFUSED = 0, 2, 3, 4, 6
 _VOID = {"meta", "link", "br"}
 

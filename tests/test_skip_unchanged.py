@@ -26,6 +26,8 @@ from offstep.formats.orbax_directory import prepare
 from offstep.plans import make_plan
 from offstep.records import Leaf, Plan
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 LARGE = 300_000  # elements; more than a page of direct I/O, and not a whole number of pages
 
 

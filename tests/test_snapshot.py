@@ -25,6 +25,8 @@ from offstep.errors import StructureMismatch, UnsupportedLeaf
 from offstep.plans import make_plan
 from offstep.snapshot import Mode, Snapshotter, has_room
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 MODES: tuple[Mode, ...] = ("host", "device_copy", "transfer")
 all_modes = pytest.mark.parametrize("mode", MODES)
 
@@ -324,10 +326,12 @@ def assert_holds_one_step(checkpoint: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("mode", "steps"),
     [
-        ("host", 300),
-        ("device_copy", 100),
-        ("transfer", 60),
+        ("host", 60),
+        ("device_copy", 60),
+        ("transfer", 30),
+        pytest.param("host", 300, marks=pytest.mark.campaign),
         pytest.param("device_copy", 300, marks=pytest.mark.campaign),
+        pytest.param("transfer", 300, marks=pytest.mark.campaign),
     ],
 )
 def test_every_checkpoint_taken_while_training_goes_on_holds_exactly_one_step(

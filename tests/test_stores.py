@@ -119,7 +119,6 @@ def test_an_empty_place_says_that_there_is_nothing(run: str) -> None:
         offstep.restore({"w": jnp.zeros(8)}, run)
 
 
-@pytest.mark.usefixtures("programs_on_disk")
 @s3_only
 def test_training_resumes_from_a_bucket(run: str) -> None:
     def train(epochs: int) -> dict[str, np.ndarray]:

@@ -58,7 +58,6 @@ def test_steps_go_to_the_disk_and_some_of_them_on_to_the_store(run: str, tmp_pat
 
 
 @gs_only
-@pytest.mark.usefixtures("programs_on_disk")
 def test_training_resumes_from_the_store_where_the_disk_is_lost(run: str, tmp_path: Path) -> None:
     def train(epochs: int) -> offstep.ModelCheckpoint:
         callback = offstep.ModelCheckpoint(
