@@ -201,6 +201,18 @@ def test_a_newest_step_that_is_damaged_is_passed_over_with_a_warning(tmp_path: P
             assert checkpointer.restore_extra() == {"at": 2}
 
 
+def test_a_newest_step_whose_shardings_are_damaged_is_passed_over(tmp_path: Path) -> None:
+    """It went to Orbax, which knows more shardings than we do, and whose error was the end."""
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, tree(step))
+        checkpointer.wait()
+        shardings = tmp_path / "2/pytree/_sharding"
+        shardings.write_bytes(shardings.read_bytes().replace(b"device_str", b"devicd_str"))
+        with pytest.warns(RuntimeWarning, match="passed over: .*_sharding is not what was written"):
+            assert_same(checkpointer.restore(), tree(1))
+
+
 @all_trees
 def test_stock_orbax_of_the_older_interface_restores_a_tree(tmp_path: Path, state: Any) -> None:
     with Checkpointer(tmp_path) as checkpointer:

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from offstep import manifest
+from offstep._native import crc32c
 from offstep.discovery import open_checkpoint
-from offstep.errors import StructureMismatch
+from offstep.errors import CheckpointDamaged, StructureMismatch
 from offstep.formats.orbax_reader import find_item
 from offstep.placement import can_describe
 from offstep.records import PathKey
@@ -23,6 +25,7 @@ from offstep.stores.path import Readable, local_copy
 Tree = Any  # nested dicts and lists of arrays, numbers and `jax.ShapeDtypeStruct`
 
 _EMPTY: dict[str, Any] = {"Dict": {}, "List": [], "Tuple": (), "None": None}
+_SHARDINGS = "pytree/_sharding"
 _NUMBERS = {"b": False, "i": 0, "u": 0, "f": 0.0, "c": 0j}  # by the kind of a NumPy dtype
 
 
@@ -64,7 +67,16 @@ def describe_tree(checkpoint: Readable) -> Tree | None:
         nodes = [(leaf.path, _describe_leaf(leaf, texts)) for leaf in contents.leaves]
         return _nest([*nodes, *((path, _make_empty(kind)) for path, kind in contents.others)])
     except _Unknown:
+        _check_shardings(checkpoint)
         return None
+
+
+def _check_shardings(checkpoint: Readable) -> None:
+    """Refuses a file of shardings that is not what was written: of a damaged one Orbax only says what it misses."""
+    written = manifest.read(checkpoint)
+    record = None if written is None else written.files.get(_SHARDINGS)
+    if record is not None and record.crc32c not in (None, crc32c((checkpoint / _SHARDINGS).read_bytes())):
+        raise CheckpointDamaged(f"{checkpoint / _SHARDINGS} is not what was written: its CRC-32C is another one")
 
 
 def _describe_leaf(leaf: StoredLeaf, texts: dict[str, str]) -> Any:  # a leaf of a target

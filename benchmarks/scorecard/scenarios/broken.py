@@ -51,8 +51,8 @@ def _break_newest(bench: Bench, peer: Peer, count: int) -> Generator[Verdict]:
         if words != ["restored", str(_SAVED[-1])]:
             raise Skipped(f"the newest cannot be restored though it is whole: {words} {errors[-200:]}")
         damages = _DAMAGES if len(files) > 1 else [damage for damage in _DAMAGES if damage is not _remove]
-        cases = [(file, damage) for file in files for damage in damages][:count]
-        for file, damage in cases:
+        cases = [(file, damage) for file in files for damage in damages if damage is _remove or file.stat().st_size]
+        for file, damage in cases[:count]:
             yield judge_hanging(lambda: _try(bench, peer, directory, file, damage))  # noqa: B023
 
 
