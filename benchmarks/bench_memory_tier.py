@@ -37,10 +37,10 @@ def train(workload: str, directory: Path) -> None:
     import keras
 
     import offstep
-    from offstep import keras_resume
+    from offstep import keras_saved_fit
     from offstep.engine import Engine
 
-    keep, read, read_snapshot = Engine.keep, keras_resume._read, keras_resume._read_snapshot
+    keep, read, read_snapshot = Engine.keep, keras_saved_fit.read_saved_fit, keras_saved_fit.read_snapshot
     keeps: list[float] = []
     found: dict[str, Any] = {}
 
@@ -68,7 +68,7 @@ def train(workload: str, directory: Path) -> None:
                 os.kill(os.getpid(), 9)
 
     Engine.keep = keep_timed  # type: ignore[method-assign]
-    keras_resume._read, keras_resume._read_snapshot = timed(read, "disk"), timed(read_snapshot, "memory")
+    keras_saved_fit.read_saved_fit, keras_saved_fit.read_snapshot = timed(read, "disk"), timed(read_snapshot, "memory")
     model, samples = build(WORKLOADS[workload], seed=1)
     callback = offstep.ModelCheckpoint(
         directory / "{step}", save_freq=1 << 40, memory_every=1, max_to_keep=1, resume=True

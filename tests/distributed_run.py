@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from spread_model import list_variables, make_model
 
 Model = Any  # Keras carries no types
 
@@ -29,17 +30,6 @@ def make_distribution(kind: str) -> Any:  # a distribution of Keras, or None
         layout["narrow/kernel"] = ("model", None)
         return keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
     return None
-
-
-def make_model() -> Model:
-    keras.utils.set_random_seed(1)
-    inputs = keras.layers.Input((8,), name="inputs")
-    x = keras.layers.Dense(64, name="wide")(inputs)
-    x = keras.layers.BatchNormalization(name="norm")(x)
-    x = keras.layers.Dropout(0.1, name="dropout")(x)
-    model = keras.Model(inputs, keras.layers.Dense(8, name="narrow")(x), name="spread")
-    model.compile("adam", "mse", metrics=["mae"])
-    return model
 
 
 def save(kind: str, directory: Path) -> None:
@@ -62,8 +52,7 @@ def save(kind: str, directory: Path) -> None:
 
 
 def list_named(model: Model) -> dict[str, np.ndarray]:
-    variables = [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
-    return {v.path.replace("/", "."): np.asarray(v.value) for v in variables}
+    return {v.path.replace("/", "."): np.asarray(v.value) for v in list_variables(model)}
 
 
 def write_expected(model: Model, directory: Path) -> None:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+from processes import find_writers
+
 PATIENCE_SECONDS = 240.0
 DEVICES_EACH = 2
 
@@ -52,6 +55,18 @@ class Trainer:
             if line.startswith("{"):
                 self.report = json.loads(line)
                 return
+
+    def read_lines(self, start: str, count: int) -> None:
+        """Waits until it has printed so many lines that begin so, or for its end."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            count -= line.startswith(start)
+            if not count:
+                return
+
+    def find_writers(self) -> list[psutil.Process]:
+        """Returns its writer process, if it runs."""
+        return find_writers(self._process.pid)
 
     def go_on(self) -> None:
         """Continues it if it has been stopped."""

@@ -15,6 +15,7 @@ import jax
 import keras
 import numpy as np
 from joint_trees import connect
+from spread_model import list_variables, make_model
 
 Model = Any  # Keras carries no types
 
@@ -32,21 +33,6 @@ def distribute(kind: str) -> None:
         keras.distribution.set_distribution(
             keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
         )
-
-
-def make_model() -> Model:
-    keras.utils.set_random_seed(1)
-    inputs = keras.layers.Input((8,), name="inputs")
-    x = keras.layers.Dense(64, name="wide")(inputs)
-    x = keras.layers.BatchNormalization(name="norm")(x)
-    x = keras.layers.Dropout(0.1, name="dropout")(x)
-    model = keras.Model(inputs, keras.layers.Dense(8, name="narrow")(x), name="spread")
-    model.compile("adam", "mse", metrics=["mae"])
-    return model
-
-
-def list_variables(model: Model) -> list[Any]:
-    return [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
 
 
 def list_shards(model: Model) -> dict[str, np.ndarray]:

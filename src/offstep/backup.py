@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import keras
 from offstep import catalog, commit, ownership, policy
 from offstep.callbacks import ModelCheckpoint
 from offstep.cards import describe_saves, make_card
+from offstep.holders import own_path
 from offstep.keras_hooks import has_own_hooks
-from offstep.options import Mode, OnBusy, OnError
+from offstep.options import Layout, Mode, OnBusy, OnError
 
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
 
@@ -37,6 +38,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         memory_every: Beside `save_freq`, keep a snapshot in memory every so many batches, which costs a copy and no
             writing: see `ModelCheckpoint`. With 1, at most one batch is lost.
         memory_linger: See `ModelCheckpoint`, as for all that follow.
+        layout: Where several processes train: with `"local"` process i has its backups in `process_<i>` in the
+            directory, on a disk of its own.
 
     Raises:
         ValueError: an argument is out of range; the message ends in what was received.
@@ -64,6 +67,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         in_process: bool = False,
         retry_seconds: float = 30.0,
         takeover: bool = False,
+        commit_seconds: float = 300.0,
+        layout: Layout = "shared",
         event_log: str | os.PathLike[str] | None = None,
     ) -> None:
         keras.callbacks.Callback.__init__(self)
@@ -75,7 +80,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         self.double_checkpoint = double_checkpoint
         self.delete_checkpoint = delete_checkpoint
         self.backup_dir = os.fspath(backup_dir)
-        self._directory = Path(self.backup_dir)  # fixed when training begins, whatever the working directory is later
+        self._has_own_disk = layout == "local"
+        self._directory = self._find_directory()  # fixed when training begins, whatever the working directory is later
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._saver = ModelCheckpoint(
@@ -93,6 +99,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
             in_process=in_process,
             retry_seconds=retry_seconds,
             takeover=takeover,
+            commit_seconds=commit_seconds,
+            layout=layout,
             memory_every=memory_every,
             memory_linger=memory_linger,
             event_log=event_log,
@@ -122,7 +130,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Reads the newest backup, if there is one."""
-        self._directory = Path(self.backup_dir).absolute()
+        self._directory = self._find_directory().absolute()
         self._saver.on_train_begin(logs)
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -150,11 +158,20 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         self._saver.on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
-        """Waits until everything is durable; then deletes it, unless it shall be kept."""
-        with _locked(self._directory) as is_ours:
+        """Waits until everything is durable; then deletes it, unless it shall be kept.
+
+        Of several processes each waits for all others first: one that is started again needs the backups.
+        """
+        is_locked = self._saver.writes_common
+        with _locked(self._directory) if is_locked else nullcontext(lambda: False) as is_ours:
             self._saver.on_train_end(logs)
-            if self.delete_checkpoint and is_ours():
+            if self.delete_checkpoint and self._saver.have_all_ended() and is_ours():
                 _delete(self._directory)
+                if self._has_own_disk:
+                    _delete_if_empty(Path(self.backup_dir))
+
+    def _find_directory(self) -> Path:
+        return Path(own_path(self.backup_dir) if self._has_own_disk else self.backup_dir)
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a resumed training has to know of this callback."""
@@ -226,6 +243,12 @@ def _locked(directory: Path) -> Iterator[Callable[[], bool]]:
         yield is_ours
     finally:
         ownership.release(lock)
+
+
+def _delete_if_empty(directory: Path) -> None:
+    with suppress(OSError):  # of processes on one host another one may have done so, or still be at it
+        if not any(directory.iterdir()):
+            commit.remove_directory(directory)
 
 
 def _delete(directory: Path) -> None:

@@ -182,7 +182,8 @@ class ModelCheckpoint(HookedCheckpoint):
             )
         own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
         self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
-        self.filepath = own_path(os.fspath(filepath)) if layout == "local" else filepath
+        self._has_own_disk = layout == "local"
+        self.filepath = own_path(os.fspath(filepath)) if self._has_own_disk else filepath
         if self._destination.is_file:
             Stock(self._destination.plain, save_weights_only=save_weights_only)  # its checks, in its words
         check_full_every(full_every, is_skipping=skip_unchanged)
@@ -261,6 +262,15 @@ class ModelCheckpoint(HookedCheckpoint):
     def resume_for(self, owner: keras.callbacks.Callback, *, mid_epoch: bool) -> None:
         """Resumes trainings in which `owner` is in the list of callbacks and passes its hooks on to this one."""
         self._resumption = Resumption(owner, self._tell_once, mid_epoch=mid_epoch)
+
+    @property
+    def writes_common(self) -> bool:
+        """Whether this process has the lock of the checkpoints; of several that write one together, one has it."""
+        return self._engine.writes_common
+
+    def have_all_ended(self) -> bool:
+        """Waits until all processes have ended the training that they resume, after `on_train_end`."""
+        return self._resumption is None or self._resumption.have_all_ended()
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a resumed training has to know of this callback: numbers and texts."""

@@ -193,6 +193,8 @@ class Checkpointer:
             self._treedef = treedef
         target = Target(self.directory, self.directory, str(self.directory / str(step)), self._max_to_keep)
         about = {"metrics": numbers, "versions": {"jax": jax.__version__}}
+        if not self._engine.writes_common:
+            attached = {}
         return self._engine.save(
             arrays, step, lambda _: target, manifest=about, ranking=self._ranking, attachments=attached
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,23 @@ PRIMARY = 0
 """The process that has the lock, writes what all have in common, and commits."""
 
 _NEEDED = ("key_value_set", "blocking_key_value_get", "key_value_try_get", "key_value_delete")
-_RESTORE_SECONDS = 300.0
+AGREE_SECONDS = 300.0
+"""How long a process waits for the others at the beginning and at the end of a training, and to restore."""
+
+_GRACE = 0.1
 _restores = itertools.count(1)  # all processes restore the same, in the same order
 _LATE, _ABSENT = "DEADLINE_EXCEEDED", "NOT_FOUND"
 
 Client = Any  # of JAX's runtime, which carries no types
+Json = Any
 
 
 class ServiceLost(Exception):
     """The coordination service does not answer: its process has ended, or the network is down."""
+
+
+class ProcessMissing(Exception):
+    """A process has not said in time what all have to say; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,45 @@ class Group:
         """
         self._call("key_value_delete", key)
 
+    def agree(
+        self, key: str, own: Json, decide: Callable[[list[Json]], Json], timeout_seconds: float = AGREE_SECONDS
+    ) -> Json:
+        """Has the primary decide by what all processes say, and returns its decision: in all of them the same.
+
+        Waits for all, on the caller's thread. It takes two messages of each process but the primary.
+
+        Args:
+            key: The same in all processes, and used once.
+            own: What this process says.
+            decide: What to make of what they say, in their order; the primary's is called.
+            timeout_seconds: How long to wait for the others.
+
+        Raises:
+            ProcessMissing: one has said nothing in time.
+            ServiceLost: nobody can tell.
+        """
+        if self.index != PRIMARY:
+            self.put(f"{key}/{self.index}", json.dumps(own))
+            # Longer than the primary, which names who is missing.
+            text = self.get(f"{key}/decision", timeout_seconds * (1 + _GRACE))
+            answer = {"missing": PRIMARY} if text is None else json.loads(text)
+        else:
+            answer = self._decide(key, own, decide, timeout_seconds)
+            self.put(f"{key}/decision", json.dumps(answer))
+        if "missing" in answer:
+            text = f"process {answer['missing']} of {self.count} has not come within {timeout_seconds:g} s"
+            raise ProcessMissing(text)
+        return answer["decided"]
+
+    def _decide(self, key: str, own: Json, decide: Callable[[list[Json]], Json], timeout_seconds: float) -> Json:
+        said, deadline = [own], time.monotonic() + timeout_seconds
+        for process in range(1, self.count):
+            text = self.get(f"{key}/{process}", max(0.0, deadline - time.monotonic()))
+            if text is None:
+                return {"missing": process}
+            said.append(json.loads(text))
+        return {"decided": decide(said)}
+
     def _call(self, name: str, *arguments: str) -> None:
         try:
             getattr(self.client, name)(*arguments)
@@ -114,15 +161,17 @@ def agree_on_steps(group: Group, steps: Sequence[int]) -> list[int]:
     Raises:
         CheckpointNotFound: a process does not say what it has.
     """
-    root = f"offstep/restore/{next(_restores)}"
-    group.put(f"{root}/{group.index}", json.dumps(list(steps)))
-    common = set(steps)
-    for process in range(group.count):
-        text = group.get(f"{root}/{process}", _RESTORE_SECONDS)
-        if text is None:
-            raise CheckpointNotFound(f"process {process} has not said within {_RESTORE_SECONDS:g} s which steps it has")
-        common &= set(json.loads(text))
+    try:
+        common = group.agree(f"offstep/restore/{next(_restores)}", list(steps), list_common)
+    except ProcessMissing as error:
+        raise CheckpointNotFound(f"it is not known which steps all processes have: {error}") from error
     return sorted(common)
+
+
+def list_common(said: Sequence[Sequence[Json]]) -> list[Json]:
+    """Returns what all say, in the order of the first one."""
+    others = [set(each) for each in said[1:]]
+    return [entry for entry in said[0] if all(entry in other for other in others)]
 
 
 def _first_line(error: Exception) -> str:

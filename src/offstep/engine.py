@@ -199,6 +199,11 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- saving
 
+    @property
+    def writes_common(self) -> bool:
+        """Whether this process writes what a checkpoint has once; of several that write one together, one does."""
+        return self._opened is None or self._opened.joint is None or self._opened.joint.writes_common
+
     def matches(self, arrays: Sequence[Array]) -> bool:
         """Returns whether `open` was called for a structure like this one."""
         return self._opened is not None and self._opened.snapshotter.matches(arrays)

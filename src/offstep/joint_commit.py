@@ -86,6 +86,11 @@ class JointCommits:
         """Whether this process commits."""
         return self._group.index == PRIMARY
 
+    @property
+    def writes_common(self) -> bool:
+        """Whether this process writes what a checkpoint has once: the one that commits, each on a disk of its own."""
+        return self.is_primary or self._is_local
+
     # --------------------------------------------------------------------------------------- the training thread
 
     def submit(
@@ -102,7 +107,7 @@ class JointCommits:
 
         Args:
             job: What this process would write if it were alone.
-            attachments: Files to put into the checkpoint; the primary's are.
+            attachments: Files to put into the checkpoint, each of another name in each process.
             on_submitted: Called when the writer has the share, or never will.
             on_written: Called when the slot is free again. Both on any thread.
             on_outcome: Called once by `take_in`, with what became of the checkpoint, as the writer would say it.
@@ -165,7 +170,8 @@ class JointCommits:
             else:
                 job = replace(job, format="orbax_share", key=save.key)
                 save.staged = None if is_address(job.target) else orbax_share.staging_path(job)
-            own = save.attachments if self._is_local else {}
+            # The primary's come in when it commits: a share may have nothing but these.
+            own = {} if self.is_primary and not self._is_local else save.attachments
             self._jobs.hand_over(job, partial(self._note_written, save), own)
             save.on_submitted()
 

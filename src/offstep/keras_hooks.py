@@ -10,7 +10,7 @@ import keras
 from offstep import keras_state
 from offstep.batches import Dispatch, Logs
 from offstep.errors import SaveFailed, SaveTimeout
-from offstep.keras_resume import Event
+from offstep.keras_saved_fit import Event
 from offstep.keras_saving import VERSIONS, SavingCheckpoint
 
 _BATCH_ENDS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
@@ -48,7 +48,7 @@ class HookedCheckpoint(SavingCheckpoint):
         self._begin()
         if self._resumption is not None:
             upload = None if self._second_tier is None else str(self._second_tier.address)
-            self._resumption.begin(self._model, self.filepath, upload)
+            self._resumption.begin(self._model, self.filepath, upload, have_own_disks=self._has_own_disk)
             self._correct_steps()
         self._get_ready()  # not before: touching the slots would take the processors from the reading
         self._watch()

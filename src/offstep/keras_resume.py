@@ -7,68 +7,31 @@ have heard next.
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
-import jax
 import keras
 
-from offstep import attachments, catalog, keras_random, keras_state, memory_tier, policy
+from offstep import attachments, keras_random, keras_state
 from offstep.attachments import Attachment, Value
-from offstep.discovery import list_newest_of, place_tiers
-from offstep.errors import CheckpointNotFound, StructureMismatch
-from offstep.formats.slot_reader import SlotReader
+from offstep.coordination import ProcessMissing, ServiceLost
 from offstep.keras_callback_state import CallbackStates
 from offstep.keras_data import DataPosition, Skip
 from offstep.keras_fit import NO_EPOCH_LEFT, AfterAll, RunningFit, find_fit, set_initial_epoch
 from offstep.keras_rebuild import GROUPS, list_variables
-from offstep.restoration import restore, restore_from
-from offstep.stores.address import is_address, split_query
-from offstep.stores.path import Readable, open_place
+from offstep.keras_saved_fit import (
+    VERSION,
+    Moment,
+    SavedFit,
+    Trainers,
+    find_saved_fit,
+    find_trainers,
+    large_name,
+)
+from offstep.restoration import restore
 
 Model = Any  # Keras carries no types
-Event = Literal["train_batch_begin", "train_batch_end", "test_begin", "epoch_end"]
-Logs = Mapping[str, Any]
-
-EXTRA_NAME = "offstep-extra"
-"""The file of a checkpoint with what is kept beside the arrays; those of large fields have this and their own name."""
-
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When a save was made.
-
-    Attributes:
-        event: The hook.
-        epoch: Of the hook, from 0.
-        batch: Last batch of the epoch that was trained, from 0; `None` after the end of the epoch.
-        logs: What the hook was told, as far as it can be kept; `None` when it was told nothing.
-    """
-
-    event: Event
-    epoch: int
-    batch: int | None
-    logs: dict[str, Value] | None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A checkpoint that was read."""
-
-    path: Readable
-    values: list[jax.Array]  # of the model's variables; deleted if other callbacks train or evaluate before us
-    extra: dict[str, Value]
-    large: dict[str, Value]
-
-    @property
-    def moment(self) -> Moment:
-        return Moment(**self.extra["moment"])
 
 
 class Resumption:
@@ -88,8 +51,9 @@ class Resumption:
         self._model: Model = None
         self._fit: RunningFit | None = None
         self._states: CallbackStates | None = None
-        self._found: _Found | None = None  # what is still to be put back
+        self._found: SavedFit | None = None  # what is still to be put back
         self._skip: Skip | None = None  # what the next epoch skips of a pass over the data that spans epochs
+        self._trainers = Trainers(None, have_own_disks=False)
         self._start: Value = None  # of the current pass
         self._drawn_before = 0
         self.is_standing_in = False
@@ -98,22 +62,27 @@ class Resumption:
     def __getstate__(self) -> dict[str, Any]:
         """A copy resumes a training of its own."""
         nothing: dict[str, Any] = dict.fromkeys(("_model", "_fit", "_states", "_found", "_skip", "_start"))
-        return self.__dict__ | nothing | {"_drawn_before": 0, "is_standing_in": False}
+        alone = Trainers(None, have_own_disks=False)
+        return self.__dict__ | nothing | {"_drawn_before": 0, "is_standing_in": False, "_trainers": alone}
 
     # -------------------------------------------------------------------------------------------------- reading
 
-    def begin(self, model: Model, filepath: str, upload: str | None = None) -> None:
+    def begin(self, model: Model, filepath: str, upload: str | None = None, *, have_own_disks: bool = False) -> None:
         """Reads the newest checkpoint that can be read, in `on_train_begin`.
+
+        Where several processes train, it waits for all of them, and reads the newest that all of them can read.
 
         Args:
             model: The model, built.
             filepath: Template of the checkpoints' paths.
             upload: Address of the steps in a store into which some of them were copied.
+            have_own_disks: Whether each of several processes saves to a disk of its own.
 
         Raises:
             ValueError: another callback of the `fit` resumes it already.
             StructureMismatch: the checkpoint is one of another model.
             CheckpointNotFound: there are checkpoints, but none can be read.
+            ProcessMissing, ServiceLost: not all processes have come here.
         """
         self._model, self._states, self._skip, self.is_standing_in = model, None, None, False
         self._found, self._fit = None, find_fit(model)
@@ -123,11 +92,8 @@ class Resumption:
                 "only one callback of a fit can resume it: one BackupAndRestore, or one ModelCheckpoint with "
                 f"resume=True. Received: a second one, {type(self.owner).__name__}"
             )
-        checkpoints = find_checkpoints(filepath)
-        if upload is not None:
-            root, _ = policy.split_target(policy.Template(filepath))
-            checkpoints = list_newest_of(place_tiers(upload, root.format({})))
-        self._found = self._read_inherited(filepath, checkpoints) or self._read_newest(checkpoints)
+        self._trainers = find_trainers(model, have_own_disks=have_own_disks)
+        self._found = find_saved_fit(model, filepath, upload, self._trainers, tell=self._tell, say=self._say)
         if self._fit is not None:
             AfterAll(self._fit.callbacks, self._begin_after_all)
         elif self._found is not None:
@@ -135,43 +101,9 @@ class Resumption:
             self._tell("Only the model was restored: this is not Keras's fit, or one that offstep does not know.")
             self._found = None
 
-    def _read_inherited(self, filepath: str, checkpoints: Sequence[Readable]) -> _Found | None:
-        """Reads the snapshot that the writer of a dead run still has in memory, if it is the newest."""
-        if is_address(filepath):
-            return None
-        root, _ = policy.split_target(policy.Template(filepath))
-        if root.fields:
-            return None
-        try:
-            inheritance = memory_tier.inherit(Path(root.format({})))
-            if inheritance is None:
-                return None
-            with closing(inheritance):
-                is_newest = not checkpoints or int(checkpoints[0].name) <= inheritance.job.step
-                if not (inheritance.is_wanted and is_newest):
-                    return None
-                found = _read_snapshot(inheritance, self._model)
-        except (OSError, ValueError) as error:
-            self._tell(f"The snapshot in the memory of the run before cannot be used, the disk is read: {error}")
-            return None
+    def _say(self, text: str) -> None:
         if getattr(self.owner, "verbose", 0):
-            text = f"offstep: step {inheritance.job.step} was restored from the memory of writer {inheritance.writer}"
             keras_state.print_message(text)
-        return found
-
-    def _read_newest(self, checkpoints: Sequence[Readable]) -> _Found | None:
-        for path in checkpoints:
-            try:
-                return _read(path, self._model)
-            except StructureMismatch:
-                raise
-            except (OSError, ValueError) as error:
-                self._tell(f"{path} cannot be resumed from, an older checkpoint is tried: {error}")
-        if checkpoints:
-            raise CheckpointNotFound(
-                f"no checkpoint of {checkpoints[0].parent} can be resumed from; delete the directory to start anew"
-            )
-        return None
 
     # ----------------------------------------------------------------------------------------------- going on
 
@@ -191,7 +123,7 @@ class Resumption:
                 self._tell(f"Epoch {moment.epoch + 1} begins again, with what it had learned: {obstacle}.")
             self._put_back(self._found)
 
-    def _go_on_after_epoch(self, found: _Found, moment: Moment) -> None:
+    def _go_on_after_epoch(self, found: SavedFit, moment: Moment) -> None:
         assert self._fit is not None
         self._put_back(found)
         for callback in self._fit.callbacks[self._fit.callbacks.index(self.owner) + 1 :]:
@@ -199,8 +131,10 @@ class Resumption:
                 self._end_epoch(callback, moment)
         has_ended = self._model.stop_training
         set_initial_epoch(self._model, NO_EPOCH_LEFT if has_ended else moment.epoch + 1)
-        data = found.extra["data"]
-        if data is not None and data["drawn_before"]:
+        data, change = found.extra["data"], self._find_change(found)
+        if change is not None:
+            self._tell(f"Epoch {moment.epoch + 2} draws other data than it would have: {change}.")
+        elif data is not None and data["drawn_before"]:
             self._skip = Skip(data["start"], data["drawn_before"], None, data["source"])
 
     def _end_epoch(self, callback: Any, moment: Moment) -> None:
@@ -212,7 +146,16 @@ class Resumption:
                 f"does next: {type(error).__name__}: {error}. List it before the callback that saves."
             )
 
-    def _find_obstacle(self, found: _Found) -> str | None:
+    def _find_change(self, found: SavedFit) -> str | None:
+        """Says so if the data are shared out over another number of processes than they were."""
+        if found.processes == self._trainers.count:
+            return None
+        return f"the number of processes was {found.processes}, now it is {self._trainers.count}"
+
+    def _find_obstacle(self, found: SavedFit) -> str | None:
+        change = self._find_change(found)
+        if change is not None:
+            return change
         data, saved = self._data, found.extra["data"]
         if data is None or saved is None:
             return "this Keras does not show where in its data it is"
@@ -256,7 +199,7 @@ class Resumption:
             self._skip = None
 
     @staticmethod
-    def _make_skip(found: _Found, data: DataPosition) -> Skip:
+    def _make_skip(found: SavedFit, data: DataPosition) -> Skip:
         saved = found.extra["data"]
         if saved["drawn_before"] == 0:  # the pass begins with this epoch
             keras_random.write_random_states(saved["start"]["random"])
@@ -290,7 +233,16 @@ class Resumption:
             set_initial_epoch(self._model, None)
         self._fit = self._states = None
 
-    def _put_back(self, found: _Found) -> None:
+    def have_all_ended(self) -> bool:
+        """Waits until all processes have come to the end of this training; says so if they have not."""
+        try:
+            self._trainers.meet()
+        except (ProcessMissing, ServiceLost) as error:
+            self._tell(f"It is not known whether all processes have finished the training: {error}")
+            return False
+        return True
+
+    def _put_back(self, found: SavedFit) -> None:
         self._found, self.is_standing_in = None, False
         self._put_back_model(found)
         extra = found.extra
@@ -300,9 +252,10 @@ class Resumption:
         if self._data is not None and extra["data"] is not None:
             self._data.write_dataset(extra["data"]["dataset"])
         self._model.stop_training = extra["stop_training"]
-        keras_random.write_random_states(extra["random"])
+        if self._find_change(found) is None:  # else some would draw the same numbers as others
+            keras_random.write_random_states(extra["random"])
 
-    def _put_back_model(self, found: _Found) -> None:
+    def _put_back_model(self, found: SavedFit) -> None:
         model = self._model
         keras_state.attach_values(model)
         if any(value.is_deleted() for value in found.values):
@@ -318,16 +271,18 @@ class Resumption:
         """Returns what a checkpoint made now has to carry, by the names of the files."""
         states, large = (None, {}) if self._states is None else self._states.read()
         extra = {
-            "version": _VERSION,
+            "version": VERSION,
             "moment": asdict(moment),
+            "processes": self._trainers.count,
             "callbacks": states,
             "large": list(large),
             "data": self._describe_data(moment),
             "stop_training": bool(getattr(self._model, "stop_training", False)),
             "random": keras_random.read_random_states(),
         }
-        named = {_large_name(key): attachment for key, attachment in large.items()}
-        return {EXTRA_NAME: attachments.pack(extra)} | named
+        name = self._trainers.extra_name
+        named = {large_name(name, key): attachment for key, attachment in large.items()}
+        return {name: attachments.pack(extra)} | named
 
     def _describe_data(self, moment: Moment) -> Value:
         data = self._data
@@ -342,41 +297,3 @@ class Resumption:
             "source": data.read_source(),
             "dataset": data.read_dataset(),
         }
-
-
-def find_checkpoints(filepath: str) -> Sequence[Readable]:
-    """Returns the committed checkpoints that saves to a template have made, the newest first."""
-    plain, options = split_query(filepath)
-    root, _ = policy.split_target(policy.Template(plain, filepath=filepath))
-    if is_address(filepath):
-        place = open_place(f"{root.text}{options}")
-        return [place / str(step) for step in reversed(catalog.list_steps(place))]
-    pattern = Path(root.pattern).absolute()
-    roots = [Path(path) for path in glob.glob(str(pattern))]
-    found = [path / str(step) for path in roots for step in catalog.list_steps(path)]
-    return sorted(found, key=lambda path: (int(path.name), path.stat().st_mtime_ns), reverse=True)
-
-
-def _read(path: Readable, model: Model) -> _Found:
-    extra, large = _unpack(lambda name: attachments.read(path / name))
-    restore(model, path)
-    return _Found(path, keras_state.live_arrays(model), extra, large)
-
-
-def _read_snapshot(snapshot: memory_tier.Inheritance, model: Model) -> _Found:
-    path = Path(snapshot.job.target)
-    extra, large = _unpack(lambda name: attachments.read(snapshot.attached_file(name)))
-    with closing(SlotReader(path, snapshot.plan, snapshot.slot, snapshot.job.manifest)) as reader:
-        restore_from(model, reader)
-    return _Found(path, keras_state.live_arrays(model), extra, large)
-
-
-def _unpack(read: Callable[[str], Value]) -> tuple[dict[str, Value], dict[str, Value]]:
-    extra: dict[str, Value] = read(EXTRA_NAME)
-    if extra["version"] > _VERSION:
-        raise ValueError(f"it was written by a newer offstep (version {extra['version']} of its extra file)")
-    return extra, {key: read(_large_name(key)) for key in extra["large"]}
-
-
-def _large_name(key: str) -> str:
-    return f"{EXTRA_NAME}.{key}"

@@ -19,7 +19,8 @@ from offstep.destination import Destination
 from offstep.engine import Engine
 from offstep.holders import spans_processes
 from offstep.keras_decisions import DecidingCheckpoint
-from offstep.keras_resume import Event, Moment, Resumption
+from offstep.keras_resume import Resumption
+from offstep.keras_saved_fit import Event, Moment
 from offstep.observation import Observer, describe_costs
 from offstep.pending import PendingSave
 from offstep.preemption import Preemption
@@ -46,6 +47,7 @@ class SavingCheckpoint(DecidingCheckpoint):
     _skip_unchanged: bool
     _hdf5_checksums: bool
     _takeover: bool
+    _has_own_disk: bool
     _order: tuple[int, ...]  # which live array each leaf is
     _iteration_index: int | None
     _signature: object
@@ -261,6 +263,11 @@ class SavingCheckpoint(DecidingCheckpoint):
         )
         if any(map(spans_processes, arrays)):
             self._refuse_own_decisions()
+            if self._resumption is not None and self._destination.is_remote:
+                raise ValueError(
+                    "several processes go on from a file system, where each keeps what only it knows; for a store give "
+                    f"local=... too. Received: resume=True with filepath={self.filepath}"
+                )
         for note in form.notes:
             self._tell_once(note)
         self._order, self._iteration_index = form.order, form.iteration_index

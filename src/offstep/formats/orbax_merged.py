@@ -20,7 +20,7 @@ from offstep.formats import orbax_directory, orbax_merged_objects, orbax_share, 
 from offstep.formats.ocdbt import Entry, SlotRange, prepare_database
 from offstep.formats.orbax_directory import STATE, ArrayItem
 from offstep.formats.orbax_merged_objects import PreparedStep, Report
-from offstep.formats.orbax_share_objects import item_name
+from offstep.formats.orbax_share_objects import ITEM_PREFIX, item_name
 from offstep.manifest import FileRecord
 from offstep.records import CRC_BYTES, Job, LeafLayout, Plan
 from offstep.stores.address import Address, to_place
@@ -79,20 +79,29 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
                 sizes |= staged.write(attached)
                 del attached
         for share in reports:
-            records |= {f"{STATE}/{name}": FileRecord(*record) for name, record in share["files"].items()}
+            records |= {_final_name(name): FileRecord(*record) for name, record in share["files"].items()}
         nonfinite = sum(share["nonfinite"] for share in reports)
         sizes |= staged.write({manifest.MANIFEST_NAME: (manifest.build(job.manifest, records, nonfinite),)})
         # Last: what fails before this can be tried again.
-        for process, share in enumerate(reports):
-            if share["files"]:
-                name = item_name(process)
-                places = [Path(share["staged"]), *(attempt / STATE for attempt in attempts)]
-                found = next((place for place in places if (place / name).is_dir()), places[0])
-                staged.adopt(found / name, f"{STATE}/{name}")
+        for share in reports:
+            for name in _names_in(share):
+                own, final = Path(share["staged"]) / name, _final_name(name)
+                places = (own, *(attempt / final for attempt in attempts))
+                staged.adopt(next((place for place in places if place.exists()), own), final)
         staged.commit()
     for attempt in attempts:
         commit.discard(attempt)
     return sum(sizes.values())
+
+
+def _names_in(share: Report) -> list[str]:
+    """Returns what lies in a share: its database, and attachments beside it."""
+    return sorted({name.partition("/")[0] for name in share["files"]})
+
+
+def _final_name(name: str) -> str:
+    """Returns where in the step a file of a share will be, or a database."""
+    return f"{STATE}/{name}" if name.startswith(ITEM_PREFIX) else name
 
 
 def _is_done(job: Job, target: Path, reports: list[Report]) -> bool:

@@ -54,12 +54,14 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
     The note has `files`, by name their sizes and checksums (in a store `pieces`, the sizes of the objects), and
     `nonfinite`, how many values are NaN or infinite.
 
+    The attachments lie beside the database.
+
     Raises:
         OSError: it is not durable, and nothing of it is left.
     """
-    assert not attachments, "they are committed with the step"
     target = to_place(job.target)
     if isinstance(target, Address):
+        assert not attachments, "they are put there with the commit"
         return orbax_share_objects.write(job, target, prepared, slot)
     commit.make_root(Path(job.root))
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:
@@ -71,6 +73,12 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
             records = manifest.record_files(files)
             sizes = staged.write(files, io_threads=_IO_THREADS)
             del files  # they refer to the slot
+        for name, buffer in attachments.items():
+            with memoryview(buffer) as content:
+                attached = {name: (content,)}
+                records |= manifest.record_files(attached)
+                sizes |= staged.write(attached)
+                del attached
         wrong = nonfinite()
         staged.keep()
     listed = {name: (record.size, record.crc32c) for name, record in records.items()}

@@ -21,6 +21,9 @@ from offstep.records import Job, Share
 from offstep.stores import staging
 from offstep.stores.address import Address, parse_address
 
+ITEM_PREFIX = "ocdbt.process_"
+"""What the names of databases begin with."""
+
 _RUN_DIGITS, _ENGINE_DIGITS, _DIGITS = 10, 6, 8  # of a name: run, engine, how often it was saved, number
 _NAME_DIGITS = _RUN_DIGITS + _ENGINE_DIGITS + 2 * _DIGITS
 
@@ -44,7 +47,7 @@ class PreparedShare:
 
 def item_name(process: int) -> str:
     """Returns the name of a process's database."""
-    return f"ocdbt.process_{process}"
+    return f"{ITEM_PREFIX}{process}"
 
 
 def name_pieces(key: str, process: int, count: int) -> list[str]:

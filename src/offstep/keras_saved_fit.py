@@ -1,0 +1,290 @@
+"""A `fit` as a checkpoint holds it: found and read, by one process or by several together."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from offstep import attachments, catalog, keras_state, memory_tier, policy
+from offstep.attachments import Value
+from offstep.coordination import PRIMARY, Group, find_group, list_common
+from offstep.discovery import list_newest_of, place_tiers
+from offstep.errors import CheckpointNotFound, StructureMismatch
+from offstep.formats.slot_reader import SlotReader
+from offstep.holders import spans_processes
+from offstep.restoration import restore, restore_from
+from offstep.stores.address import is_address, split_query
+from offstep.stores.path import Readable, open_place
+
+Model = Any  # Keras carries no types
+Event = Literal["train_batch_begin", "train_batch_end", "test_begin", "epoch_end"]
+Tell = Callable[[str], None]
+
+EXTRA_NAME = "offstep-extra"
+"""The file of a checkpoint with what is kept beside the arrays; those of large fields have this and their own name."""
+
+VERSION = 1
+
+_meetings = itertools.count(1)  # the processes begin and end the same trainings, in the same order
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a save was made.
+
+    Attributes:
+        event: The hook.
+        epoch: Of the hook, from 0.
+        batch: Last batch of the epoch that was trained, from 0; `None` after the end of the epoch.
+        logs: What the hook was told, as far as it can be kept; `None` when it was told nothing.
+    """
+
+    event: Event
+    epoch: int
+    batch: int | None
+    logs: dict[str, Value] | None
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: Where it is.
+        values: Of the model's variables; deleted if other callbacks train or evaluate before they are put back.
+        extra: What lay beside the arrays.
+        large: Large fields of callbacks, by their keys.
+    """
+
+    path: Readable
+    values: list[jax.Array]
+    extra: dict[str, Value]
+    large: dict[str, Value]
+
+    @property
+    def moment(self) -> Moment:
+        """When it was saved."""
+        return Moment(**self.extra["moment"])
+
+    @property
+    def processes(self) -> int:
+        """How many processes trained."""
+        return int(self.extra.get("processes", 1))
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """The processes that train a model.
+
+    Attributes:
+        group: Those of a state that spans several; `None` where this one is alone.
+        have_own_disks: Whether each saves to a disk of its own.
+    """
+
+    group: Group | None
+    have_own_disks: bool
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else self.group.count
+
+    @property
+    def extra_name(self) -> str:
+        """The file with what this process has to know again: each draws data, and random numbers, of its own."""
+        is_plain = self.group is None or self.group.index == PRIMARY or self.have_own_disks
+        return EXTRA_NAME if is_plain or self.group is None else f"{EXTRA_NAME}.process_{self.group.index}"
+
+    def meet(self) -> None:
+        """Waits until all have come here.
+
+        Raises:
+            ProcessMissing, ServiceLost: see `Group.agree`.
+        """
+        if self.group is not None:
+            self.group.agree(_next_key(), None, lambda said: None)
+
+
+def find_trainers(model: Model, *, have_own_disks: bool) -> Trainers:
+    """Returns the processes that train a model, which has values."""
+    is_spread = any(map(spans_processes, keras_state.live_arrays(model)))
+    return Trainers(find_group() if is_spread else None, have_own_disks)
+
+
+def large_name(extra_name: str, key: str) -> str:
+    """Returns the name of the file with a large field."""
+    return f"{extra_name}.{key}"
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_checkpoints(filepath: str, upload: str | None = None) -> Sequence[Readable]:
+    """Returns the committed checkpoints that saves to a template have made, the newest first.
+
+    Args:
+        filepath: The template.
+        upload: Address of the steps in a store into which some of them were copied.
+    """
+    plain, options = split_query(filepath)
+    root, _ = policy.split_target(policy.Template(plain, filepath=filepath))
+    if upload is not None:
+        return list_newest_of(place_tiers(upload, root.format({})))
+    if is_address(filepath):
+        place = open_place(f"{root.text}{options}")
+        return [place / str(step) for step in reversed(catalog.list_steps(place))]
+    pattern = Path(root.pattern).absolute()
+    roots = [Path(path) for path in glob.glob(str(pattern))]
+    found = [path / str(step) for path in roots for step in catalog.list_steps(path)]
+    return sorted(found, key=lambda path: (int(path.name), path.stat().st_mtime_ns), reverse=True)
+
+
+def find_saved_fit(
+    model: Model, filepath: str, upload: str | None, trainers: Trainers, *, tell: Tell, say: Tell
+) -> SavedFit | None:
+    """Reads the newest checkpoint that can be read; of several processes, that all of them can read.
+
+    Args:
+        model: The model, built; it has the values then.
+        filepath: Template of the checkpoints' paths.
+        upload: See `find_checkpoints`.
+        trainers: Who trains. Each waits for the others.
+        tell: Warns the user of something.
+        say: Tells the user what is as it should be.
+
+    Raises:
+        StructureMismatch: the checkpoint is one of another model.
+        CheckpointNotFound: there are checkpoints, but none can be read.
+        ProcessMissing, ServiceLost: see `Group.agree`.
+    """
+    if trainers.group is None:
+        checkpoints = find_checkpoints(filepath, upload)
+        return _read_inherited(filepath, checkpoints, model, tell, say) or _read_newest(checkpoints, model, tell)
+    # Beside several, only the primary looks: it has the lock, so that nothing becomes durable meanwhile.
+    may_look = trainers.have_own_disks or trainers.group.index == PRIMARY
+    own = find_checkpoints(filepath, upload) if may_look else []
+    return _read_together(trainers.group, trainers, own, model, tell)
+
+
+def _read_newest(checkpoints: Sequence[Readable], model: Model, tell: Tell) -> SavedFit | None:
+    for path in checkpoints:
+        try:
+            return read_saved_fit(path, model)
+        except StructureMismatch:
+            raise
+        except (OSError, ValueError) as error:
+            tell(f"{path} cannot be resumed from, an older checkpoint is tried: {error}")
+    _refuse_all(checkpoints)
+    return None
+
+
+def _read_inherited(
+    filepath: str, checkpoints: Sequence[Readable], model: Model, tell: Tell, say: Tell
+) -> SavedFit | None:
+    """Reads the snapshot that the writer of a dead run still has in memory, if it is the newest."""
+    if is_address(filepath):
+        return None
+    root, _ = policy.split_target(policy.Template(filepath))
+    if root.fields:
+        return None
+    try:
+        inheritance = memory_tier.inherit(Path(root.format({})))
+        if inheritance is None:
+            return None
+        with closing(inheritance):
+            is_newest = not checkpoints or int(checkpoints[0].name) <= inheritance.job.step
+            if not (inheritance.is_wanted and is_newest):
+                return None
+            found = read_snapshot(inheritance, model)
+    except (OSError, ValueError) as error:
+        tell(f"The snapshot in the memory of the run before cannot be used, the disk is read: {error}")
+        return None
+    say(f"offstep: step {inheritance.job.step} was restored from the memory of writer {inheritance.writer}")
+    return found
+
+
+def _refuse_all(checkpoints: Sequence[Readable]) -> None:
+    if checkpoints:
+        raise CheckpointNotFound(
+            f"no checkpoint of {checkpoints[0].parent} can be resumed from; delete the directory to start anew"
+        )
+
+
+# ------------------------------------------------------------------------------------------- several processes together
+
+
+def _read_together(
+    group: Group, trainers: Trainers, own: Sequence[Readable], model: Model, tell: Tell
+) -> SavedFit | None:
+    """Reads the newest of those that all have, or that the primary names, which all can read."""
+    key = _next_key()
+    by_name = {(path.name if trainers.have_own_disks else str(path)): path for path in reversed(own)}
+    names = list(by_name)[::-1]
+    agreed = group.agree(key, names, list_common if trainers.have_own_disks else lambda said: said[PRIMARY])
+    if own and not agreed:
+        tell(f"{own[0].parent} has checkpoints, but none that all {group.count} processes have: training begins anew")
+    checkpoints = [by_name.get(name) or open_place(name) for name in agreed]
+    for number, path in enumerate(checkpoints):
+        found, failure = _try_to_read(path, model, trainers)
+        failures = group.agree(f"{key}/read-{number}", failure, lambda said: said)
+        process = next((process for process, each in enumerate(failures) if each), None)
+        if process is None:
+            return found
+        text = f"process {process}: {failures[process]['text']}"
+        if failures[process]["is_mismatch"]:
+            raise StructureMismatch(text)
+        tell(f"{path} cannot be resumed from, an older checkpoint is tried: {text}")
+    _refuse_all(checkpoints)
+    return None
+
+
+def _next_key() -> str:
+    return f"offstep/resume/{next(_meetings)}"
+
+
+def _try_to_read(path: Readable, model: Model, trainers: Trainers) -> tuple[SavedFit | None, dict[str, Any] | None]:
+    """Returns what was read, or what the others are to be told of why not."""
+    try:
+        return read_saved_fit(path, model, trainers.extra_name), None
+    except (OSError, ValueError) as error:
+        return None, {"text": str(error), "is_mismatch": isinstance(error, StructureMismatch)}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_saved_fit(path: Readable, model: Model, extra_name: str = EXTRA_NAME) -> SavedFit:
+    """Reads a checkpoint into a model, and what lies beside its arrays.
+
+    Args:
+        path: The checkpoint.
+        model: The model, built.
+        extra_name: This process's file; where it is not there, other processes trained, and the primary's is read.
+    """
+    name = extra_name if (path / extra_name).is_file() else EXTRA_NAME
+    extra, large = _unpack(lambda each: attachments.read(path / each), name)
+    restore(model, path)
+    return SavedFit(path, keras_state.live_arrays(model), extra, large)
+
+
+def read_snapshot(snapshot: memory_tier.Inheritance, model: Model) -> SavedFit:
+    """Does what `read_saved_fit` does, from the memory of a writer whose trainer is dead."""
+    path = Path(snapshot.job.target)
+    extra, large = _unpack(lambda each: attachments.read(snapshot.attached_file(each)), EXTRA_NAME)
+    with closing(SlotReader(path, snapshot.plan, snapshot.slot, snapshot.job.manifest)) as reader:
+        restore_from(model, reader)
+    return SavedFit(path, keras_state.live_arrays(model), extra, large)
+
+
+def _unpack(read: Callable[[str], Value], name: str) -> tuple[dict[str, Value], dict[str, Value]]:
+    extra: dict[str, Value] = read(name)
+    if extra["version"] > VERSION:
+        raise ValueError(f"it was written by a newer offstep (version {extra['version']} of its extra file)")
+    return extra, {key: read(large_name(name, key)) for key in extra["large"]}

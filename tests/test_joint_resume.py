@@ -1,0 +1,130 @@
+"""Trainings of several processes that are killed and started again by the same command: they end with the same bits.
+
+pytest tests/test_joint_resume.py -m campaign      ten kills in a row, two and four processes
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import joint
+import pytest
+from processes import wait_for_end
+
+from offstep import catalog
+
+pytestmark = pytest.mark.crash
+
+SCRIPT = "joint_resume.py"
+FREQUENT = {"saver": "checkpoint", "arguments": {"save_freq": 1, "max_to_keep": 3}}
+LOCAL = {
+    "saver": "backup",
+    "arguments": {"save_freq": 1, "double_checkpoint": True, "layout": "local"},
+    "is_on_hosts": True,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_for_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles once for all runs."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@cache
+def run_whole(count: int, kind: str, directory: Path) -> list[dict[str, Any]]:
+    """Returns what the processes are left with if nobody kills them."""
+    return joint.run(SCRIPT, count, directory / "whole", kind=kind)
+
+
+def run_until_killed(count: int, directory: Path, options: dict[str, Any], batches: int) -> None:
+    """Kills all processes after the first one has announced that many batches; waits for their writers to end."""
+    trainers = joint.start(SCRIPT, count, directory, [options] * count)
+    try:
+        trainers[0].read_lines("batch", batches)
+        writers = [writer for trainer in trainers for writer in trainer.find_writers()]
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+    assert writers, trainers[0].errors
+    for writer in writers:
+        wait_for_end(writer.pid)
+
+
+def assert_same(told: list[dict[str, Any]], count: int, kind: str, elsewhere: Path, *says: str) -> None:
+    """They have the bits of an uninterrupted run, and have said nothing but what contains these words."""
+    expected = run_whole(count, kind, elsewhere)
+    for report, whole in zip(told, expected, strict=True):
+        assert len(report["said"]) == len(says), report["said"]
+        assert all(words in said for words, said in zip(says, report["said"], strict=True)), report["said"]
+        assert report | {"said": []} == whole
+
+
+@pytest.mark.timeout(300)
+def test_killed_in_mid_epoch_they_end_with_the_same_bits(tmp_path: Path, elsewhere: Path) -> None:
+    options = {"kind": "model", **FREQUENT}
+    run_until_killed(2, tmp_path, options, 9)
+    assert catalog.list_steps(tmp_path / "root")
+    assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
+
+
+@pytest.mark.timeout(300)
+def test_so_they_do_from_disks_of_their_own_of_which_one_is_damaged(tmp_path: Path, elsewhere: Path) -> None:
+    options = {"kind": "model", **LOCAL}
+    run_until_killed(2, tmp_path, options, 9)
+    parts = [tmp_path / f"host_{number}" / "root" / f"process_{number}" for number in (0, 1)]
+    newest = max(set(catalog.list_steps(parts[0])) & set(catalog.list_steps(parts[1])))
+    damage(parts[1] / str(newest))
+    told = joint.run(SCRIPT, 2, tmp_path, **options)
+    assert_same(told, 2, "model", elsewhere, "an older checkpoint is tried: process 1: ")
+    assert not list(tmp_path.glob("host_*/root")), "finished, they need no backup"
+
+
+def damage(checkpoint: Path) -> None:
+    data = max((checkpoint / "pytree").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[:1024] = bytes(byte ^ 1 for byte in content[:1024])
+    data.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------------- campaign
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("saver", [FREQUENT, LOCAL], ids=["shared", "local"])
+@pytest.mark.parametrize("kind", ["data", "model"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_killed_ten_times_they_end_with_the_same_bits(
+    count: int, kind: str, saver: dict[str, Any], tmp_path: Path, elsewhere: Path
+) -> None:
+    options = {"kind": kind, **saver}
+    draw = random.Random(f"{count} {kind}").randint
+    for _ in range(10):
+        run_until_killed(count, tmp_path, options, draw(1, 4))
+    assert_same(joint.run(SCRIPT, count, tmp_path, **options), count, kind, elsewhere)
+
+
+@pytest.mark.campaign
+def test_another_number_of_processes_begins_the_epoch_again(tmp_path: Path) -> None:
+    options = {"kind": "data", **FREQUENT}
+    run_until_killed(2, tmp_path, options, 8)
+    [told] = joint.run(SCRIPT, 1, tmp_path, **options)
+    assert told["epochs"] == [0, 1, 2]
+    assert "the number of processes was 2, now it is 1" in told["said"][0]
