@@ -68,6 +68,10 @@ class Trainer:
         """Returns its writer process, if it runs."""
         return find_writers(self._process.pid)
 
+    def terminate(self) -> None:
+        """Tells it to end."""
+        self._process.terminate()
+
     def go_on(self) -> None:
         """Continues it if it has been stopped."""
         self._process.send_signal(signal.SIGCONT)

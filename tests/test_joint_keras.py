@@ -54,7 +54,6 @@ def test_every_second_of_a_hundred_batches(count: int, kind: str, tmp_path: Path
     ("arguments", "name", "words"),
     [
         ({"save_freq": "10s"}, "{step}", "none may decide by what only it can tell: a clock"),
-        ({"save_on_preemption": True}, "{step}", "none may decide by what only it can tell: a signal"),
         ({"on_busy": "skip"}, "{step}", "on_busy must be 'wait'"),
         ({}, "{step}.keras", "save to a directory, such as 'ckpts/{step}'"),
     ],

@@ -6,6 +6,7 @@ pytest tests/test_joint_resume.py -m campaign      ten kills in a row, two and f
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,32 @@ def damage(checkpoint: Path) -> None:
     content = bytearray(data.read_bytes())
     content[:1024] = bytes(byte ^ 1 for byte in content[:1024])
     data.write_bytes(content)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("told", [[0, 1], pytest.param([1], marks=pytest.mark.campaign)], ids=["all", "one"])
+def test_told_to_end_they_all_save_at_the_next_batch(told: list[int], tmp_path: Path, elsewhere: Path) -> None:
+    arguments = {"save_freq": 1000, "save_on_preemption": True}
+    options = {"kind": "model", "saver": "checkpoint", "arguments": arguments}
+    trainers = joint.start(SCRIPT, 2, tmp_path, [options] * 2)
+    try:
+        trainers[0].read_lines("batch", 7)
+        writers = [writer for trainer in trainers for writer in trainer.find_writers()]
+        for number in told:
+            trainers[number].terminate()
+        for number in told:
+            trainers[number].end()
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+    for writer in writers:
+        wait_for_end(writer.pid)
+    for number in told:
+        assert trainers[number].status == -signal.SIGTERM, trainers[number].errors
+        assert "at SIGTERM" not in trainers[number].errors
+    [step] = catalog.list_steps(tmp_path / "root")
+    assert 7 <= step < 15
+    assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------- campaign

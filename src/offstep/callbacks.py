@@ -81,7 +81,8 @@ class ModelCheckpoint(HookedCheckpoint):
         exit_seconds: How long the end of the process waits for saves; what is not durable by then is said.
         private: Only the owner of the process may read the checkpoints (modes 0600 and 0700); else the umask decides.
         save_on_preemption: When SIGTERM comes, save at the end of the batch, wait until that is durable, and only then
-            let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`.
+            let the signal do what it would have done. Wants fields of epoch, batch and step only in `filepath`. Where
+            several processes train, all save, at the next hook that all can reach, whichever of them gets the signal.
         preemption_seconds: How long after SIGTERM that has to be done.
         commit_seconds: Where several processes train (`jax.distributed`): how long after its snapshot a save may take
             until all have written their shares. After that it fails, and names who is missing.
@@ -229,7 +230,7 @@ class ModelCheckpoint(HookedCheckpoint):
         self._has_begun = self._is_in_fit = self._as_trained = False
         self._dispatch = Dispatch()
         self._resumption = _make_resumption(self) if resume else None
-        self._preemption = None
+        self._preemption = self._rendezvous = None
         self._memory_every, self._kept_at = memory_every, 0  # the count of batches at the last snapshot
         if memory_every is not None:
             self._check_can_save_any_batch("memory_every")
@@ -244,7 +245,7 @@ class ModelCheckpoint(HookedCheckpoint):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what a copy has no part in: the training that goes on, and the logs of others."""
-        nothing: dict[str, Any] = dict.fromkeys(("_signature", "_epoch_logs"))
+        nothing: dict[str, Any] = dict.fromkeys(("_signature", "_epoch_logs", "_rendezvous"))
         nothing |= dict.fromkeys(("_has_begun", "_is_in_fit", "_as_trained"), False)
         return self.__dict__ | nothing | {"_unjudged": deque()}
 

@@ -10,10 +10,13 @@ import keras
 from offstep import keras_state
 from offstep.batches import Dispatch, Logs
 from offstep.errors import SaveFailed, SaveTimeout
-from offstep.keras_saved_fit import Event
+from offstep.keras_saved_fit import Event, find_trainers
 from offstep.keras_saving import VERSIONS, SavingCheckpoint
+from offstep.preemption import Preemption
+from offstep.rendezvous import Rendezvous
 
 _BATCH_ENDS = ("on_batch_end", "on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
+_AGREE_SHARE = 0.3  # of `preemption_seconds`: the save needs the rest
 _LED_BY = (
     "on_train_begin",
     "on_epoch_begin",
@@ -32,6 +35,7 @@ class HookedCheckpoint(SavingCheckpoint):
 
     _dispatch: Dispatch
     _resumes_best: bool
+    _rendezvous: Rendezvous | None
 
     # ---------------------------------------------------------------------------------------------------- hooks
 
@@ -76,8 +80,14 @@ class HookedCheckpoint(SavingCheckpoint):
         return self._preemption is not None or self._memory_every is not None
 
     def _watch(self) -> None:
-        if self._preemption is not None:
-            self._preemption.watch(self._is_training)
+        if self._preemption is None:
+            return
+        self._preemption.watch(self._is_training)
+        group = find_trainers(self._model, have_own_disks=self._has_own_disk).group
+        if self._rendezvous is not None:  # of a training that has ended by an exception
+            self._rendezvous.end()
+        if group is not None:
+            self._rendezvous = Rendezvous(group, _AGREE_SHARE * self._preemption.within_seconds)
 
     def _begin_late(self) -> None:
         """Begins where a loop by hand, or a subclass, has not passed `on_train_begin` on.
@@ -179,6 +189,9 @@ class HookedCheckpoint(SavingCheckpoint):
         self._engine.close()
         if self._preemption is not None:
             self._preemption.stop_watching()
+        if self._rendezvous is not None:
+            self._rendezvous.end()
+            self._rendezvous = None
         self._observer.end()
         self._has_begun = False
         self._engine.raise_failures()
@@ -229,15 +242,30 @@ class HookedCheckpoint(SavingCheckpoint):
     def _obey_preemption(self, batch: int | None) -> None:
         """Once SIGTERM has come: saves (unless `batch` is `None`: that was just done), waits, and lets it act."""
         preemption = self._preemption
-        if preemption is None or not preemption.is_due:
+        if preemption is None:
             return
+        must_save, may_end = preemption.is_due, preemption.is_due
+        if self._rendezvous is not None:
+            must_save, may_end = self._come_by(preemption, self._rendezvous)
         try:
-            if batch is not None and batch >= 0:
+            if must_save and batch is not None and batch >= 0:
                 self._save_model(self._current_epoch, batch, None)
-            self._engine.wait(preemption.remaining_seconds)
+            if may_end:
+                self._engine.wait(preemption.remaining_seconds)
         except (SaveFailed, SaveTimeout) as error:
+            if not may_end:
+                raise
             print(f"offstep: at SIGTERM: {error}", file=sys.stderr)
-        preemption.hand_over()  # where that lets training go on, it watches further
+        if may_end:
+            preemption.hand_over()  # where that lets training go on, it watches further
+
+    def _come_by(self, preemption: Preemption, rendezvous: Rendezvous) -> tuple[bool, bool]:
+        """Returns whether all processes save here, and whether the signal may act here if it has come."""
+        is_over = rendezvous.is_over(preemption.within_seconds)
+        is_here = rendezvous.come_by(announces=preemption.is_due and not is_over)
+        if preemption.is_due and rendezvous.trouble and not is_over:
+            print(f"offstep: at SIGTERM: no save, the processes cannot agree: {rendezvous.trouble}", file=sys.stderr)
+        return is_here, preemption.is_due and (is_here or is_over or bool(rendezvous.trouble))
 
 
 def has_own_hooks(callback: keras.callbacks.Callback, cls: type) -> bool:

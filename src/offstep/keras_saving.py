@@ -292,8 +292,6 @@ class SavingCheckpoint(DecidingCheckpoint):
                 f"{rule}: a clock. Give save_freq in batches or epochs. Received: save_freq={self.save_freq!r}"
                 + ("" if self._frequency is None else " and overhead_budget")
             )
-        if self._preemption is not None:
-            raise ValueError(f"{rule}: a signal. Received: save_on_preemption=True")
 
     def _correct_steps(self) -> None:
         """Waits for the last step to be computed; between epochs that costs nothing worth mentioning."""

@@ -46,6 +46,11 @@ class Preemption:
         return self._due_at is not None
 
     @property
+    def within_seconds(self) -> float:
+        """How long after the signal the earlier handler has to get it."""
+        return self._within_seconds
+
+    @property
     def remaining_seconds(self) -> float:
         """How much time is left of what there was when the signal came."""
         return self._within_seconds if self._due_at is None else max(0.0, self._due_at - time.monotonic())

@@ -85,9 +85,9 @@ def write(job: Job, prepared: PreparedStep, slot: mmap.mmap, attachments: Mappin
         # Last: what fails before this can be tried again.
         for share in reports:
             for name in _names_in(share):
-                own, final = Path(share["staged"]) / name, _final_name(name)
-                places = (own, *(attempt / final for attempt in attempts))
-                staged.adopt(next((place for place in places if place.exists()), own), final)
+                final = _final_name(name)
+                found = [Path(share["staged"], name), *(attempt / final for attempt in attempts)]
+                staged.adopt(next((path for path in found if path.exists()), found[0]), final)
         staged.commit()
     for attempt in attempts:
         commit.discard(attempt)
