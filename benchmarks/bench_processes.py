@@ -6,8 +6,11 @@
 Starts that many JAX processes on this machine, each with two virtual devices. Each process holds the same number of
 bytes (`--megabytes`), sharded over all. It prints the time of the call, the time to durable, messages through the
 coordination service, files, and bytes of metadata; XLA programs that a save compiles; and for a small state the time to
-durable of stock Orbax's asynchronous checkpointer, which takes turns with ours. Real hosts do not share two cores and
-one disk as these processes do: so they save one after another for the time of the call, and at once for all else.
+durable of stock Orbax's asynchronous checkpointer, which takes turns with ours.
+
+Real hosts do not share two cores, one memory and one disk as these processes do. So each save of all together takes
+turns with one in which the same processes each save a state of the same size of their own, by themselves: as fast as
+this machine lets so many save at all. Both are done one process after another, and all at once.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from typing import Any
 from command import DEFAULT_DIRECTORY
 
 LEAVES = 20
+KINDS = ("together", "alone")
 SMALL_LEAVES, SMALL_ROWS = 50, 64
 PATIENCE_SECONDS = 600
 messages: Counter[str] = Counter()
@@ -88,7 +93,7 @@ def run(count: int, parent: Path, megabytes: float, saves: int) -> list[dict[str
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    tasks = [Task(process, count, port, directory, megabytes, saves, count == 2) for process in range(count)]
+    tasks = [Task(process, count, port, directory, megabytes, saves, count in (2, 4)) for process in range(count)]
     started = [
         subprocess.Popen(
             [sys.executable, __file__, "--task", json.dumps(vars(task))],
@@ -110,19 +115,27 @@ def run(count: int, parent: Path, megabytes: float, saves: int) -> list[dict[str
 
 
 def print_rows(count: int, found: list[dict[str, Any]]) -> None:
-    calls = [milliseconds for report in found for milliseconds in report["call_ms"]]
-    durable = [milliseconds for report in found for milliseconds in report["durable_ms"]]
     primary = found[0]
     print(
-        f"{count} processes: call p50 {statistics.median(calls):.2f} ms (max {max(calls):.1f}); durable p50 "
-        f"{statistics.median(durable):.0f} ms; messages per save {sum(report['messages'] for report in found):.1f}, of "
-        f"the primary {primary['messages']:.1f}; files {primary['files']}; metadata {primary['metadata_bytes']} bytes; "
+        f"{count} processes: messages per save {sum(report['messages'] for report in found):.1f}, of the primary "
+        f"{primary['messages']:.1f}; files {primary['files']}; metadata {primary['metadata_bytes']} bytes; "
         f"XLA programs compiled for saves {sum(report['compiled'] for report in found)}"
     )
+    for what in ("call, in turn", "call, at once", "durable, at once"):
+        together, alone = (gather(found, f"{who}: {what}") for who in KINDS)
+        ratio = statistics.median(together) / statistics.median(alone)
+        print(f"    {what}: {describe(together)}; each by itself {describe(alone)}: {ratio:.2f} times")
     for who in ("ours", "stock"):
         if who in primary:
-            times = [milliseconds for report in found for milliseconds in report[who]]
-            print(f"    small state, {who}: durable p50 {statistics.median(times):.0f} ms (max {max(times):.0f})")
+            print(f"    small state, {who}: durable {describe(gather(found, who))}")
+
+
+def gather(found: list[dict[str, Any]], name: str) -> list[float]:
+    return [milliseconds for report in found for milliseconds in report[name]]
+
+
+def describe(times: list[float]) -> str:
+    return f"p50 {statistics.median(times):.2f} ms (max {max(times):.1f})"
 
 
 def measure(task: Task) -> dict[str, Any]:
@@ -135,10 +148,10 @@ def measure(task: Task) -> dict[str, Any]:
         count_messages()
     compiled: Counter[str] = Counter()
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.update([name]))
-    tree = make_tree(task)
+    trees = {"together": make_tree(task, together=True), "alone": make_tree(task, together=False)}
     meet("made", task.count)
     before = compiled["/jax/core/compile/backend_compile_duration"]
-    found = measure_saves(task, tree)
+    found = measure_saves(task, trees)
     found["compiled"] = compiled["/jax/core/compile/backend_compile_duration"] - before
     if task.with_stock:
         found |= measure_small(task)
@@ -167,68 +180,80 @@ def meet(name: str, count: int) -> None:
         global_state.client.wait_at_barrier(name, PATIENCE_SECONDS * 1000)
 
 
-def make_tree(task: Task) -> dict[str, Any]:
+def make_tree(task: Task, *, together: bool) -> dict[str, Any]:
+    """Returns arrays of which this process holds `megabytes`: its part, or all of a state of its own."""
+    import jax
     import numpy as np
 
-    rows = 2 * task.count
+    devices = jax.devices() if together else jax.local_devices()
     columns = round(task.megabytes * 1e6 / LEAVES / 2 / 4)
-    host = np.zeros((rows, columns), np.float32)
-    return {f"leaf_{number}": spread(host, sharded=True) for number in range(LEAVES)}
+    host = np.zeros((len(devices), columns), np.float32)
+    return {f"leaf_{number}": spread(host, devices, sharded=True) for number in range(LEAVES)}
 
 
-def spread(host: Any, *, sharded: bool) -> Any:
+def spread(host: Any, devices: Any, *, sharded: bool) -> Any:
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(jax.devices()), ("all",))
+    mesh = Mesh(np.array(devices), ("all",))
     sharding = NamedSharding(mesh, PartitionSpec("all") if sharded else PartitionSpec())
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def measure_saves(task: Task, tree: dict[str, Any]) -> dict[str, Any]:
+def measure_saves(task: Task, trees: dict[str, Any]) -> dict[str, Any]:
     from offstep import Checkpointer
 
-    root = Path(task.directory, "ours")
-    with Checkpointer(root, max_to_keep=2) as checkpointer:
-        checkpointer.save(0, tree)
-        checkpointer.wait()
-        sent = sum(messages.values())
-        for step in range(1, task.saves + 1):
-            for turn in range(task.count):
-                meet(f"turn-{step}-{turn}", task.count)
-                if turn == task.process:
-                    checkpointer.save(step, tree)
-            checkpointer.wait()
-        per_save = (sum(messages.values()) - sent) / task.saves
-        calls = [stats.stall_seconds * 1e3 for stats in checkpointer.stats[1:]]
-        for step in range(task.saves + 1, 2 * task.saves + 1):
-            meet(f"all-{step}", task.count)
-            checkpointer.save(step, tree)
-            checkpointer.wait()
-        durable = [(stats.durable_seconds or 0) * 1e3 for stats in checkpointer.stats[1 + task.saves :]]
-    files = [path for path in (root / str(2 * task.saves)).rglob("*") if path.is_file()]
-    large = sum(path.stat().st_size for path in files if "ocdbt.process_" in str(path) or path.parent.name == "d")
-    index = sum(path.stat().st_size for path in (root / str(2 * task.saves) / "pytree").glob("d/*"))
-    metadata = sum(path.stat().st_size for path in files) - (large - index if task.count > 1 else large)
-    return {
-        "call_ms": calls,
-        "durable_ms": durable,
-        "messages": per_save,
-        "files": len(files),
-        "metadata_bytes": metadata,
-    }
+    roots = {"together": Path(task.directory, "ours"), "alone": Path(task.directory, f"alone-{task.process}")}
+    found: dict[str, Any] = {f"{who}: {what}": [] for who in KINDS for what in ("call, in turn", "call, at once")}
+    found |= {f"{who}: durable, at once": [] for who in KINDS}
+    sent = 0
+    with ExitStack() as stack:
+        savers = {who: stack.enter_context(Checkpointer(roots[who], max_to_keep=2)) for who in KINDS}
+        for step in range(2 * task.saves + 1):
+            is_in_turn = step <= task.saves
+            for who in KINDS:
+                before = sum(messages.values())
+                save_once(task, savers[who], trees[who], f"{who}-{step}", step, is_in_turn=is_in_turn)
+                if step and who == "together":
+                    sent += sum(messages.values()) - before
+                if step:  # the first one starts writers, and works out who writes what
+                    stats = savers[who].stats[-1]
+                    found[f"{who}: call, {'in turn' if is_in_turn else 'at once'}"].append(stats.stall_seconds * 1e3)
+                    if not is_in_turn:
+                        found[f"{who}: durable, at once"].append((stats.durable_seconds or 0) * 1e3)
+    files = [path for path in (roots["together"] / str(2 * task.saves)).rglob("*") if path.is_file()]
+    data = [path for path in files if path.parent.name == "d" and is_data(path, task.count)]
+    metadata = sum(path.stat().st_size for path in files) - sum(path.stat().st_size for path in data)
+    about = {"messages": sent / task.saves / 2, "files": len(files), "metadata_bytes": metadata}
+    return found | about
+
+
+def save_once(task: Task, saver: Any, tree: Any, name: str, step: int, *, is_in_turn: bool) -> None:
+    """Saves in all processes, and waits until it is durable in all."""
+    for turn in range(task.count if is_in_turn else 1):
+        meet(f"{name}-{turn}", task.count)
+        if turn == task.process or not is_in_turn:
+            saver.save(step, tree)
+    saver.wait()
+    meet(f"{name}-durable", task.count)
+
+
+def is_data(path: Path, count: int) -> bool:
+    """Returns whether a data file holds values: with several processes, those of the index do not."""
+    return count == 1 or "ocdbt.process_" in str(path)
 
 
 def measure_small(task: Task) -> dict[str, Any]:
     """Saves a small replicated state by turns: ours, and stock Orbax's asynchronous checkpointer."""
+    import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     from offstep import Checkpointer
 
     host = np.zeros((SMALL_ROWS, SMALL_ROWS), np.float32)
-    tree = {f"leaf_{number}": spread(host, sharded=False) for number in range(SMALL_LEAVES)}
+    tree = {f"leaf_{number}": spread(host, jax.devices(), sharded=False) for number in range(SMALL_LEAVES)}
     times: dict[str, list[float]] = {"ours": [], "stock": []}
     stock = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     with Checkpointer(Path(task.directory, "small")) as ours:
