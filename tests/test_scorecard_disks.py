@@ -48,8 +48,9 @@ def keep_score(directory: Path, scenario: str, peer: str, *options: str, trials:
 
 
 def test_without_fsync_a_power_cut_takes_what_was_said_to_be_durable(tmp_path: Path) -> None:
-    tally = keep_score(tmp_path, "power_cut_ext4_after_durable", "offstep_weights", "--sabotage", "no_fsync")
-    assert (tally["survived"], tally["lost_bytes"] > 0) == (0, True), tally
+    # Three: on a busy machine one was seen, for a reason not known, that did not survive and had lost nothing.
+    tally = keep_score(tmp_path, "power_cut_ext4_after_durable", "offstep_weights", "--sabotage", "no_fsync", trials=3)
+    assert (tally["survived"], tally["lost_bytes"] > 0) == (0, True), json.dumps(tally)
 
 
 @DISKS
