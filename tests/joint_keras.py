@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,34 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     return {"durable": ours.counts.durable, "failed": ours.counts.failed}
 
 
+def count_in_training(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns how often each collective ran on this process's devices in a training without saves, and in one with."""
+    from offstep import ModelCheckpoint, keras_state
+
+    model = make_model()
+    data = np.zeros((8 * options["batches"], 8), "float32")
+    model.fit(data[:8], data[:8], batch_size=8, verbose=0)
+    jax.block_until_ready(keras_state.live_arrays(model))
+    found = []
+    for save_freq in (1 << 40, 2):
+        ours = ModelCheckpoint(directory / "root" / "{step}", save_freq=save_freq)
+        traced = directory / f"trace-{jax.process_index()}-{save_freq}"
+        with jax.profiler.trace(traced):
+            model.fit(data, data, batch_size=8, shuffle=False, verbose=0, callbacks=[ours])
+            jax.block_until_ready(keras_state.live_arrays(model))
+        assert ours.counts.durable == (0 if save_freq > 2 else options["batches"] // 2)
+        found.append(count_collectives(traced))
+    return {"counts": found}
+
+
+def count_collectives(traced: Path) -> dict[str, int]:
+    [file] = traced.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    names = (event.name for plane in planes for line in plane.lines for event in line.events)
+    kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective")
+    return dict(Counter(kind for name in names for kind in kinds if name.startswith(kind)))
+
+
 def restore(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     from offstep import restore as restore_model
 
@@ -124,4 +153,5 @@ if __name__ == "__main__":
     if int(count) > 1:
         connect(int(index), int(count), port)
     distribute(settings.get("kind", ""))
-    print(json.dumps({"train": train, "restore": restore, "load": load}[settings["do"]](Path(folder), settings)))
+    do = {"train": train, "count": count_in_training, "restore": restore, "load": load}[settings["do"]]
+    print(json.dumps(do(Path(folder), settings)))

@@ -38,6 +38,13 @@ def test_our_restore_puts_every_step_on_two_processes_distributed_otherwise(save
     assert told == [{"wrong": [], "devices": 4}] * 2
 
 
+def test_no_collective_runs_because_of_a_save(tmp_path: Path) -> None:
+    for report in joint.run("joint_keras.py", 2, tmp_path, do="count", kind="model", batches=6):
+        without_saves, with_saves = report["counts"]
+        assert without_saves["all-reduce"] >= 6
+        assert with_saves == without_saves
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("kind", ["data", "model"])
 @pytest.mark.parametrize("count", [2, 4])

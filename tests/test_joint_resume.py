@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,6 @@ LOCAL = {
     "arguments": {"save_freq": 1, "double_checkpoint": True, "layout": "local"},
     "is_on_hosts": True,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_for_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles once for all runs."""
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture(scope="module")

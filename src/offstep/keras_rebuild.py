@@ -295,7 +295,21 @@ def list_layers(model: Model) -> list[Any]:  # of keras.Layer
 def collect_assets(model: Model, saving_lib: ModuleType | None) -> dict[str, bytes]:
     """Returns the files of the model's layers, by their paths; `saving_lib` is `find_saving_lib()`."""
     collect = getattr(saving_lib, "_save_assets_to_dict", None)
-    return _extract_assets(model) if collect is None else _flatten_assets(collect(model) or {})
+    if collect is None:
+        return _extract_assets(model)
+    with _distribution_off():
+        return _flatten_assets(collect(model) or {})
+
+
+@contextmanager
+def _distribution_off() -> Iterator[None]:
+    """Keras makes an optimizer to see which attributes are its own; spread over processes, that takes collectives."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
 
 
 def _flatten_assets(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bytes]:  # dicts and uint8 arrays
