@@ -36,6 +36,11 @@ def distribute(kind: str) -> None:
         )
 
 
+def find_data_group(kind: str) -> int:
+    """Returns which part of each batch this process feeds; in a mesh of models several have to feed the same."""
+    return jax.process_index() * (2 if kind == "model" else jax.process_count()) // jax.process_count()
+
+
 def list_shards(model: Model) -> dict[str, np.ndarray]:
     """Returns this process's parts of the variables, by path and start."""
     return {
@@ -67,7 +72,7 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     ours = ModelCheckpoint(template, save_freq=2, **options.get("arguments", {}))
     rows = 8 * options["batches"]
     # Each process feeds its part of each batch.
-    data = np.random.default_rng(jax.process_index()).random((rows, 8), "float32")
+    data = np.random.default_rng(find_data_group(options["kind"])).random((rows, 8), "float32")
     model.fit(data, data, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[ours, recorder])
     (directory / "expected").mkdir(exist_ok=True)
     np.savez(directory / "expected" / f"{jax.process_index()}.npz", **recorder.found)

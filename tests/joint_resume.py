@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import keras
 import numpy as np
-from joint_keras import distribute
+from joint_keras import distribute, find_data_group
 from joint_trees import connect
 from spread_model import list_variables, make_model
 
@@ -54,9 +53,9 @@ def make_saver(directory: Path, options: dict[str, Any]) -> list[Any]:
 
 def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     model = make_model()
-    index = jax.process_index()
-    data = np.random.default_rng(index).random((BATCHES * BATCH_SIZE + 16, 8), "float32")
-    np.random.seed(100 + index)
+    group = find_data_group(options["kind"])
+    data = np.random.default_rng(group).random((BATCHES * BATCH_SIZE + 16, 8), "float32")
+    np.random.seed(100 + group)
     early = keras.callbacks.EarlyStopping("val_loss", patience=3)
     reduce = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.2)
     tally = Tally()
