@@ -28,7 +28,7 @@ from offstep import ModelCheckpoint
 
 @dataclass(frozen=True)
 class Saved:
-    """What one save has written, by three counts, and its time until durable."""
+    """What one save has written, by three counts, and its time until durable, the wait for the running steps not counted."""
 
     own_bytes: int
     called_bytes: int
@@ -51,7 +51,8 @@ class Count(keras.callbacks.Callback):
         if len(self.checkpoint.stats) > len(self.saves):
             stats = self.checkpoint.stats[-1]
             called, disk = (after - before for after, before in zip(counters, self._before, strict=True))
-            self.saves.append(Saved(stats.written_bytes or 0, called, disk, stats.durable_seconds or 0.0))
+            seconds = (stats.durable_seconds or 0.0) - stats.compute_seconds
+            self.saves.append(Saved(stats.written_bytes or 0, called, disk, seconds))
         self._before = counters
 
     def _read(self) -> tuple[int, int]:

@@ -53,6 +53,7 @@ def train(workload: str, directory: Path) -> None:
 
     def timed(function: Any, source: str) -> Any:
         def read_timed(*arguments: Any) -> Any:
+            jax.block_until_ready(jax.live_arrays())  # the model's first values may still be on their way
             started = time.perf_counter()
             result = function(*arguments)
             jax.block_until_ready(result.values)

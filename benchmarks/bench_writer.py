@@ -89,6 +89,11 @@ def make_step(width: int) -> tuple[Callable[[], None], float]:
     return step, statistics.median(_timed(step) for _ in range(9))
 
 
+def make_state(megabytes: int) -> State:
+    """Returns 40 float32 arrays of together that many MB."""
+    return {f"leaf{number}": jnp.full((250_000 * megabytes // 40,), number, jnp.float32) for number in range(40)}
+
+
 def _timed(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
@@ -164,7 +169,7 @@ def main() -> None:
     console = Console(width=160, highlight=False)
     machine = describe_machine(arguments.dir)
     step, seconds = make_step(256 if arguments.quick else 1024)
-    state = {f"leaf{number}": jnp.full((250_000 * megabytes // 40,), number, jnp.float32) for number in range(40)}
+    state = make_state(megabytes)
     console.print(f"{machine['cpu']}, {machine['cores']} cores; checkpoints on {machine['file_system']}")
     console.print(f"{megabytes} MB in 40 arrays, steps of {1e3 * seconds:.1f} ms, {repeats} x {saves} saves a setting")
     times = {setting: Times() for setting in SETTINGS}

@@ -74,12 +74,13 @@ def _fastest(action: Callable[[], object], repeats: int, prepare: Callable[[], o
 def measure_write_seconds(state_bytes: int, directory: Path, repeats: int = 3) -> dict[str, float]:
     """Returns the time to write `state_bytes` to a new file and fsync it, by method: 1 or 2 writes in flight."""
     return {
-        f"direct, {writers} in flight": min(_write_once(state_bytes, directory, writers) for _ in range(repeats))
+        f"direct, {writers} in flight": min(write_once(state_bytes, directory, writers) for _ in range(repeats))
         for writers in (1, 2)
     }
 
 
-def _write_once(state_bytes: int, directory: Path, writers: int) -> float:
+def write_once(state_bytes: int, directory: Path, writers: int) -> float:
+    """Returns the seconds to write that many bytes to a new file and fsync it, with as many writes in flight."""
     path = directory / "bound.bin"
     total = -(-state_bytes // ALIGNMENT) * ALIGNMENT
     with mmap.mmap(-1, WRITE_BYTES) as buffer, ThreadPoolExecutor(writers) as pool:
