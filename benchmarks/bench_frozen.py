@@ -28,7 +28,7 @@ from offstep import ModelCheckpoint
 
 @dataclass(frozen=True)
 class Saved:
-    """What one save has written, by three counts, and its time until durable, the wait for the running steps not counted."""
+    """What one save has written, by three counts, and its time until durable from when the state was computed."""
 
     own_bytes: int
     called_bytes: int

@@ -95,7 +95,8 @@ def kept_busy(step: Callable[[], None] | None) -> Iterator[None]:
 def add_phases(times: Times, checkpointer: Checkpointer, log: Path) -> None:
     """Adds where the last save's time went; the deletion of the one before it comes after and does not count."""
     stats = checkpointer.stats[-1]
-    assert stats.durable_seconds is not None and stats.write_seconds is not None
+    assert stats.durable_seconds is not None
+    assert stats.write_seconds is not None
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     durable = [name for name, _ in calls].index("fsync_parent") + 1
     of_disk: dict[str, float] = defaultdict(float)

@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "copy": (),
     "stall": (),
     "durable": (),
+    "phases": (),
     "small_leaves": (),
     "frequency": (),
     "memory": (),
