@@ -46,6 +46,7 @@ def test_no_collective_runs_because_of_a_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", ["data", "model"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_second_of_a_hundred_batches(count: int, kind: str, tmp_path: Path) -> None:
