@@ -1,38 +1,31 @@
-"""The commit of one checkpoint by several training processes, on threads beside the one that trains.
+"""The commits of the checkpoints of several training processes, in their order, on threads beside the one that trains.
 
-Each process has its writer make its share durable and reports that to all. The primary waits for the reports, merges
-the shares, and tells all what became of it. Whoever is late or missing fails the save, and never makes half a step.
+Each process has its writer make its share durable; what becomes of the whole `joint_decisions` decides.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from offstep import commit
-from offstep.attachments import Attachment, attach_text
+from offstep.attachments import Attachment
 from offstep.coordination import PRIMARY, Group, ServiceLost
-from offstep.formats import orbax_merged, orbax_share
+from offstep.formats import orbax_share
 from offstep.handover import Outcome
+from offstep.joint_decisions import JointDecisions
 from offstep.joint_jobs import JointJobs
-from offstep.joint_save import Failure, JointSave, Upload, describe, refuse
-from offstep.records import NO_SLOT, Job
+from offstep.joint_save import Failure, JointSave, Upload, describe
+from offstep.records import Job
 from offstep.signals import held_signals
 from offstep.stores.address import is_address
 from offstep.writer import Writer
 
-_GRACE = 0.1  # how much longer than the primary the others wait for what it decides, as a part of `commit_seconds`
-_LEAST_GRACE_SECONDS = 1.0
-_SHOWN = 8
 _engine_numbers = itertools.count(1)  # the processes open their engines in the same order
 
 
@@ -59,27 +52,31 @@ class JointCommits:
         commit_seconds: float,
     ) -> None:
         self._group, self._writer = group, writer
-        self._digest, self._merged_plan, self._commit_seconds = digest, merged_plan, commit_seconds
-        self._is_local = is_local
+        self._is_local, self._commit_seconds = is_local, commit_seconds
         number = next(_engine_numbers)
         self._meeting_key = f"offstep/{number}"
         self._repeats: Counter[tuple[str, int]] = Counter()  # how often a step was saved to a place
-        self._old_keys: deque[tuple[float, str]] = deque()  # with the time when nobody asks for them any more
         self._changed = threading.Condition()  # guards everything below, and the saves
         # Names this engine in all processes and runs; `None` until it is known that the primary has opened it.
         self._session = f"{writer.run}/{number}" if self.is_primary else None
         self._unsubmitted: deque[JointSave] = deque()
         self._uncommitted: deque[JointSave] = deque()
         self._finished: deque[tuple[JointSave, Outcome]] = deque()
-        self._is_closed = self._has_ended = False
+        self._is_closed = False
         self._jobs = JointJobs(writer, self._changed)
+        self._decisions = JointDecisions(
+            group,
+            writer,
+            self._jobs,
+            self._changed,
+            digest=digest,
+            merged_plan=merged_plan,
+            is_local=is_local,
+            commit_seconds=commit_seconds,
+        )
         # A daemon, because `close` at exit waits for its work before it ends it.
         self._thread = threading.Thread(target=self._commit_all, name="offstep-commit", daemon=True)
         self._thread.start()
-
-    @property
-    def _grace_seconds(self) -> float:
-        return max(_LEAST_GRACE_SECONDS, _GRACE * self._commit_seconds)
 
     @property
     def is_primary(self) -> bool:
@@ -151,7 +148,7 @@ class JointCommits:
             self._changed.notify_all()
         self._thread.join()
         self._jobs.close()
-        self._has_ended = True
+        self._decisions.end()
 
     # ------------------------------------------------------------------------------------------------ the writer
 
@@ -181,11 +178,7 @@ class JointCommits:
             save.on_written()
             is_late = save.is_settled
         if is_late:
-            self._discard(save)
-
-    def _note_merged(self, save: JointSave, outcome: Outcome) -> None:
-        with self._changed:
-            save.merged = outcome
+            self._decisions.discard(save)
 
     # --------------------------------------------------------------------------------------------- one checkpoint
 
@@ -209,7 +202,7 @@ class JointCommits:
                 self._changed.notify_all()
                 is_written = save.written is not None
             if is_written:
-                self._discard(save)
+                self._decisions.discard(save)
             self._upload(save, outcome)
 
     def _wait_for_save(self) -> JointSave | None:
@@ -220,26 +213,14 @@ class JointCommits:
 
     def _commit(self, save: JointSave) -> Outcome:
         self._meet(save)
-        report: dict[str, Any]
-        try:
-            report = self._await_share(save)
-        except Failure as failure:
-            report = describe(failure)
-        if not self.is_primary:
-            self._group.put(f"{save.key}/{self._group.index}", json.dumps(report))
-            save.is_refused = "error" in report  # the primary never commits without it
-            refuse(report)
-            self._await_decision(save)
-            return self._describe_durable(save, self._retire(save))
-        try:
-            reports = self._gather(save, report)
-            merged = None if self._is_local else self._merge(save, reports)
-        except Failure as failure:
-            save.is_refused = not failure.is_unsure
-            self._decide(save, describe(failure))
-            raise
-        self._decide(save, {})
-        return self._describe_durable(save, merged or self._retire(save))
+        merged = self._decisions.decide(save, partial(self._list_busy, save))
+        if self._is_local:  # now that all have this one, older steps may go from this process's own disk
+            merged = self._decisions.have_done(save, {}, format="orbax_retire")
+        return _describe_durable(save, merged)
+
+    def _list_busy(self, save: JointSave) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(other.job.target for other in self._uncommitted if other is not save)
 
     def _meet(self, save: JointSave) -> None:
         """Waits until the primary has begun: then the target is its own, and it sweeps there no more."""
@@ -251,97 +232,6 @@ class JointCommits:
                 self._session = session
                 self._submit_shares()
 
-    def _await_share(self, save: JointSave) -> dict[str, Any]:
-        """Returns what to report of this process's share."""
-        with self._changed:
-            self._changed.wait_for(lambda: save.written is not None, save.remaining_seconds())
-            written = save.written
-        if written is None:
-            raise Failure(f"its share was not written within {self._commit_seconds:g} s")
-        refuse(written)
-        common = {"step": save.job.step, "digest": self._digest}
-        if self._is_local:
-            return common
-        return {**common, **written["note"], "target": save.job.target, "staged": str(save.staged or "")}
-
-    def _gather(self, save: JointSave, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns the reports of all processes.
-
-        Raises:
-            Failure: one has failed, is late, or has saved something else; it is named.
-        """
-        reports: list[dict[str, Any]] = []
-        for process in range(self._group.count):
-            text: str | None = json.dumps(own)
-            if process != self._group.index:
-                text = self._group.get(f"{save.key}/{process}", save.remaining_seconds())
-            if text is None:
-                raise Failure(self._describe_missing(save))
-            report = json.loads(text)
-            if "error" in report:
-                raise Failure(f"process {process}: {report['error']}", report["errno"])
-            if report["digest"] != own["digest"]:
-                raise Failure(f"process {process} has saved another structure than process {PRIMARY}")
-            if report.get("target") != own.get("target"):
-                raise Failure(
-                    f"process {process} has saved to {report['target']}, process {PRIMARY} to {own['target']}"
-                )
-            reports.append(report)
-        return reports
-
-    def _describe_missing(self, save: JointSave) -> str:
-        missing = [
-            process
-            for process in range(self._group.count)
-            if process != self._group.index and self._group.peek(f"{save.key}/{process}") is None
-        ]
-        names = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
-        return (
-            f"process {names} of {self._group.count} has not reported its share within {self._commit_seconds:g} s; "
-            "is it alive, and does it save at the same steps?"
-        )
-
-    def _merge(self, save: JointSave, reports: list[dict[str, Any]]) -> Outcome:
-        assert self._merged_plan is not None
-        attached = {**save.attachments, orbax_merged.REPORTS_NAME: attach_text(json.dumps(reports))}
-        with self._changed:
-            busy = tuple(other.job.target for other in self._uncommitted if other is not save)
-        about = {"plan": self._merged_plan, "key": save.key, "busy": busy}
-        return self._have_done(save, attached, format="orbax_merged", **about)
-
-    def _retire(self, save: JointSave) -> Outcome | None:
-        """Lets older steps go from this process's own disk, now that all have this one."""
-        return self._have_done(save, {}, format="orbax_retire") if self._is_local else None
-
-    def _have_done(self, save: JointSave, attachments: Mapping[str, Attachment], **changes: Any) -> Outcome:
-        """Has the writer do a job without a slot."""
-        self._jobs.hand_over(self._make_job(save, **changes), partial(self._note_merged, save), attachments)
-        with self._changed:
-            self._changed.wait_for(lambda: save.merged is not None)
-        assert save.merged is not None
-        if "error" in save.merged:
-            refuse(save.merged | {"error": f"process {self._group.index}: {save.merged['error']}"})
-        return save.merged
-
-    def _make_job(self, save: JointSave, **changes: Any) -> Job:
-        number = self._writer.next_job_number()
-        return replace(save.job, number=number, tag=self._writer.job_tag(number), slot=NO_SLOT, **changes)
-
-    def _discard(self, save: JointSave) -> None:
-        """Deletes what is left of the share: all of it, or the directory that it was taken from.
-
-        On a disk of this process's own it is the step, in a store a part of it: there as far as it is known that
-        nobody will ever read it.
-        """
-        is_lost = save.is_refused and save.written is not None and "error" not in save.written
-        with contextlib.suppress(OSError):  # the next start sweeps what is left, and what some lack is never taken
-            if save.staged is not None:
-                commit.discard(save.staged)
-            elif self._is_local and is_lost:
-                commit.remove_directory(Path(save.job.target))
-            elif not self._is_local and not self._has_ended and save.is_refused and (is_lost or self.is_primary):
-                self._jobs.hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
-
     def _upload(self, save: JointSave, outcome: Outcome) -> None:
         """Has a copy made of a step that is durable: before a later one is committed, which may retire it."""
         if save.upload is not None and "error" in outcome:
@@ -350,40 +240,11 @@ class JointCommits:
         elif save.upload is not None:
             self._jobs.hand_over(save.upload.job, save.upload.on_outcome)
 
-    def _decide(self, save: JointSave, decision: dict[str, Any]) -> None:
-        """Tells all what became of it. Those that cannot hear look into the directory."""
-        with contextlib.suppress(ServiceLost):
-            self._group.put(f"{save.key}/decision", json.dumps(decision))
-            now = time.monotonic()
-            self._old_keys.append((now + 2 * (self._commit_seconds + self._grace_seconds), save.key))
-            while self._old_keys[0][0] < now:
-                self._group.delete(self._old_keys.popleft()[1])
 
-    def _await_decision(self, save: JointSave) -> None:
-        seconds = save.remaining_seconds() + self._grace_seconds
-        try:
-            decision = self._group.get(f"{save.key}/decision", seconds)
-            reason = f"process {PRIMARY}, which commits, has not told what became of it in {self._commit_seconds:g} s"
-        except ServiceLost as error:
-            decision, reason = None, f"the coordination service does not answer ({error})"
-        if decision is not None:
-            told = json.loads(decision)
-            save.is_refused = "error" in told and not told.get("is_unsure", False)
-            refuse(told)
-        elif self._is_local or not self._look_for(save, reason):
-            raise Failure(reason)
-
-    def _look_for(self, save: JointSave, reason: str) -> bool:
-        """Returns whether the step has been committed."""
-        try:
-            return orbax_merged.is_committed(save.job.target, save.key, self._group.count)
-        except OSError as error:
-            raise Failure(f"{reason}, and it cannot be looked for: {error}", is_unsure=True) from error
-
-    def _describe_durable(self, save: JointSave, merged: Outcome | None = None) -> Outcome:
-        assert save.written is not None
-        last = {"durable_at": time.monotonic()} if merged is None else merged
-        parts = [save.written] if merged is None else [save.written, merged]
-        sums = {name: sum(part[name] for part in parts) for name in ("cpu_seconds", "write_seconds", "written_bytes")}
-        remarks = [remark for part in parts for remark in part["remarks"]]
-        return {**save.written, **last, **sums, "remarks": remarks}
+def _describe_durable(save: JointSave, merged: Outcome | None) -> Outcome:
+    assert save.written is not None
+    last = {"durable_at": time.monotonic()} if merged is None else merged
+    parts = [save.written] if merged is None else [save.written, merged]
+    sums = {name: sum(part[name] for part in parts) for name in ("cpu_seconds", "write_seconds", "written_bytes")}
+    remarks = [remark for part in parts for remark in part["remarks"]]
+    return {**save.written, **last, **sums, "remarks": remarks}
