@@ -7,7 +7,10 @@ where the part begins.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
-from joint_trees import connect
+from joint_trees import arm, connect
 from spread_model import list_variables, make_model
 
 Model = Any  # Keras carries no types
@@ -27,18 +30,25 @@ def distribute(kind: str) -> None:
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False))
     if kind == "model":
         mesh = keras.distribution.DeviceMesh((2, len(devices) // 2), ("batch", "model"), devices)
-        layout = keras.distribution.LayoutMap(mesh)
-        layout["wide/kernel"] = (None, "model")
-        layout["wide/bias"] = ("model",)
-        layout["narrow/kernel"] = ("model", None)
-        keras.distribution.set_distribution(
-            keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
-        )
+        distribute_model(mesh)
+    if kind == "spread":  # no process has all of a leaf
+        distribute_model(keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices))
+
+
+def distribute_model(mesh: keras.distribution.DeviceMesh) -> None:
+    layout = keras.distribution.LayoutMap(mesh)
+    layout["wide/kernel"] = (None, "model")
+    layout["wide/bias"] = ("model",)
+    layout["narrow/kernel"] = ("model", None)
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
+    )
 
 
 def find_data_group(kind: str) -> int:
     """Returns which part of each batch this process feeds; in a mesh of models several have to feed the same."""
-    return jax.process_index() * (2 if kind == "model" else jax.process_count()) // jax.process_count()
+    groups = {"model": 2, "spread": 1}.get(kind, jax.process_count())
+    return jax.process_index() * groups // jax.process_count()
 
 
 def list_shards(model: Model) -> dict[str, np.ndarray]:
@@ -69,14 +79,20 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     model = make_model()
     recorder = Recorder(2)
     template = options.get("filepath", directory / "root" / "{step}")
-    ours = ModelCheckpoint(template, save_freq=2, **options.get("arguments", {}))
+    ours = ModelCheckpoint(template, save_freq=2, **find_host(directory, options), **options.get("arguments", {}))
     rows = 8 * options["batches"]
     # Each process feeds its part of each batch.
     data = np.random.default_rng(find_data_group(options["kind"])).random((rows, 8), "float32")
     model.fit(data, data, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[ours, recorder])
     (directory / "expected").mkdir(exist_ok=True)
     np.savez(directory / "expected" / f"{jax.process_index()}.npz", **recorder.found)
-    return {"durable": ours.counts.durable, "failed": ours.counts.failed}
+    counts = {"durable": ours.counts.durable, "failed": ours.counts.failed}
+    return counts if "hosts" not in options else counts | {"uploaded": ours.counts.uploaded}
+
+
+def find_host(directory: Path, options: dict[str, Any]) -> dict[str, str]:
+    """Returns which directory is on this process's own disk, where each has one."""
+    return {"local": f"{directory}/host_{jax.process_index()}"} if "hosts" in options else {}
 
 
 def count_in_training(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +132,36 @@ def restore(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
         restore_model(model, directory / "root" / str(step))
         wrong += find_wrong(model, directory, step)
     return {"wrong": wrong, "devices": len(model.trainable_variables[0].value.sharding.device_set)}
+
+
+def suffer(directory: Path, options: dict[str, Any]) -> None:
+    """Trains, with a fault in some process, and ends without JAX's farewell, for which all would be needed."""
+    arm(options.get("fault", {}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = train(directory, options)
+    report["said"] = [str(each.message) for each in caught if each.category is RuntimeWarning]
+    print(json.dumps(report), flush=True)
+    sys.stdin.read()  # until all have reported
+    os._exit(0)
+
+
+def lose(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Restores the newest step; then a host loses its disk, and all restore again."""
+    from offstep import restore as restore_model
+
+    told: dict[str, Any] = {"steps": [], "wrong": [], "said": []}
+    model, own = make_model(), find_host(directory, options)
+    for loses in (False, True):
+        if loses and jax.process_index() == options["loser"]:
+            shutil.rmtree(own["local"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = restore_model(model, options["filepath"].replace("/{step}", ""), **own)
+        told["said"] += [str(each.message) for each in caught if each.category is RuntimeWarning]
+        told["steps"].append(report.step)
+        told["wrong"] += find_wrong(model, directory, report.step)
+    return told
 
 
 def load(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -158,5 +204,5 @@ if __name__ == "__main__":
     if int(count) > 1:
         connect(int(index), int(count), port)
     distribute(settings.get("kind", ""))
-    do = {"train": train, "count": count_in_training, "restore": restore, "load": load}[settings["do"]]
-    print(json.dumps(do(Path(folder), settings)))
+    tasks = {"train": train, "count": count_in_training, "restore": restore, "load": load, "lose": lose}
+    print(json.dumps((tasks | {"suffer": suffer})[settings["do"]](Path(folder), settings)))

@@ -100,7 +100,8 @@ class ModelCheckpoint(HookedCheckpoint):
             holds up: hand long work (an upload) to a thread of your own, and keep the checkpoint until that is done.
         local: A directory of this machine that each step goes to first, where `filepath` is the address of the steps in
             a store. A step is durable, and a save done, once it is there; the writer then copies steps from there into
-            the store while training goes on, the newest first where the store is slower than the saves.
+            the store while training goes on, the newest first where the store is slower than the saves. Where several
+            processes train, with `layout="local"` it is on a disk of each host's own.
         upload_every: With `local`, each how many saves one is copied into the store; 1 unless given.
         local_max_to_keep: How many of the newest steps stay in `local`; `max_to_keep` is for the store then.
         event_log: A file, `"offstep-events.jsonl"` say, to which a line of JSON is appended for each snapshot and what
@@ -176,10 +177,10 @@ class ModelCheckpoint(HookedCheckpoint):
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         retention.check_counts(max_to_keep=local_max_to_keep, keep_best=None, keep_every=None)
         filepath, self._second_tier = make_tiers(os.fspath(filepath), local, upload_every, max_to_keep)
-        if self._second_tier is not None and layout == "local":
+        if self._second_tier is not None and layout == "local" and resume:
             raise ValueError(
-                "what each process has on a disk of its own is not copied into a store: save to the store, or give a "
-                f"local that all processes see. Received: layout='local' and {local=!s}"
+                "from disks of the processes' own, what each has to know again is not copied into a store: restore "
+                f"the model instead. Received: resume=True with layout='local' and {local=!s}"
             )
         own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
         self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
@@ -204,6 +205,7 @@ class ModelCheckpoint(HookedCheckpoint):
             layout=layout,
             memory_every=memory_every,
             memory_linger_seconds=policy.parse_seconds(memory_linger, "memory_linger"),
+            copies_into_store=self._second_tier is not None,
         )
         if skip_unchanged and (self._destination.is_file or self._destination.is_remote):
             raise ValueError(f"skip_unchanged works for directories, which share files. Received: filepath={filepath}")

@@ -5,7 +5,6 @@ The only module that touches `jax._src.distributed`: JAX has no public way to it
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-
-from offstep.errors import CheckpointNotFound
 
 PRIMARY = 0
 """The process that has the lock, writes what all have in common, and commits."""
@@ -24,7 +21,6 @@ AGREE_SECONDS = 300.0
 """How long a process waits for the others at the beginning and at the end of a training, and to restore."""
 
 _GRACE = 0.1
-_restores = itertools.count(1)  # all processes restore the same, in the same order
 _LATE, _ABSENT = "DEADLINE_EXCEEDED", "NOT_FOUND"
 
 Client = Any  # of JAX's runtime, which carries no types
@@ -153,19 +149,6 @@ def find_group() -> Group | None:
     if client is None or jax.process_count() < 2 or not all(hasattr(client, name) for name in _NEEDED):
         return None
     return Group(jax.process_index(), jax.process_count(), client)
-
-
-def agree_on_steps(group: Group, steps: Sequence[int]) -> list[int]:
-    """Returns the steps that all processes have. Waits for them: all restore at the same time.
-
-    Raises:
-        CheckpointNotFound: a process does not say what it has.
-    """
-    try:
-        common = group.agree(f"offstep/restore/{next(_restores)}", list(steps), list_common)
-    except ProcessMissing as error:
-        raise CheckpointNotFound(f"it is not known which steps all processes have: {error}") from error
-    return sorted(common)
 
 
 def list_common(said: Sequence[Sequence[Json]]) -> list[Json]:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ def open_newest(path: Readable, *, verify: Verify) -> Reader:
     return reader
 
 
-def open_parts(root: Path, steps: Sequence[int], *, verify: Verify) -> Reader:
+def open_parts(root: Path, steps: Collection[int], *, verify: Verify) -> Reader:
     """Opens the newest valid one of steps that processes have written to disks of their own; see `open_newest`.
 
     Raises:
@@ -156,6 +156,10 @@ def list_newest_of(places: Sequence[Readable]) -> list[Readable]:
     found: list[tuple[int, int, Readable]] = []
     failures: list[OSError] = []
     for rank, place in enumerate(places):
+        if isinstance(place, Path) and list_parts(place) and not catalog.named_steps(place):
+            text = f"{place} is passed over: several processes have saved there, each what it held; here is one"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            continue
         try:
             found += [(-int(path.name), rank, path) for path in list_checkpoints(place) if path.name.isdecimal()]
         except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +27,19 @@ def float_table(plan: Plan) -> bytes:
         for offset, _ in layout.chunk_ranges()
     ]
     return np.array(rows, dtype=FLOAT_RANGE).tobytes()
+
+
+def count_nonfinite(memory: memoryview, table: bytes, offsets: Mapping[int, int]) -> int:
+    """Returns how many values are NaN or infinite in chunks that lie elsewhere than in a slot.
+
+    Args:
+        memory: What they lie in.
+        table: Of the slot's plan.
+        offsets: Where the chunk at an offset of the slot is.
+    """
+    rows = np.frombuffer(table, FLOAT_RANGE).copy()
+    rows["offset"] = [offsets[int(offset)] for offset in rows["offset"]]
+    return int(_native.count_nonfinite(memory, rows.tobytes()))
 
 
 @contextmanager

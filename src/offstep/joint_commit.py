@@ -13,11 +13,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from offstep.attachments import Attachment
 from offstep.coordination import PRIMARY, Group, ServiceLost
 from offstep.formats import orbax_share
 from offstep.handover import Outcome
+from offstep.joint_copies import JointCopies
 from offstep.joint_decisions import JointDecisions
 from offstep.joint_jobs import JointJobs
 from offstep.joint_save import Failure, JointSave, Upload, describe
@@ -36,8 +38,10 @@ class JointCommits:
         group: The processes.
         writer: This process's.
         digest: Tells whether all have the same structure.
-        merged_plan: Number of the plan of `orbax_merged`; the primary's, where all write to one directory.
-        is_local: Whether each has a disk of its own, and makes a whole directory of what it holds.
+        share_plan: Number of the plan of this process's share; `None` where nothing is shared out.
+        merged_plan: Number of the plan of `orbax_merged`; the primary's, where something is shared out.
+        is_local: Whether each has a disk of its own, and makes a whole directory of what it holds; what is shared out
+            is then copied from there.
         commit_seconds: How long after its snapshot a save may take until all have reported.
     """
 
@@ -47,6 +51,7 @@ class JointCommits:
         writer: Writer,
         *,
         digest: str,
+        share_plan: int | None,
         merged_plan: int | None,
         is_local: bool,
         commit_seconds: float,
@@ -64,16 +69,11 @@ class JointCommits:
         self._finished: deque[tuple[JointSave, Outcome]] = deque()
         self._is_closed = False
         self._jobs = JointJobs(writer, self._changed)
-        self._decisions = JointDecisions(
-            group,
-            writer,
-            self._jobs,
-            self._changed,
-            digest=digest,
-            merged_plan=merged_plan,
-            is_local=is_local,
-            commit_seconds=commit_seconds,
-        )
+        about: dict[str, Any] = {"digest": digest, "merged_plan": merged_plan, "commit_seconds": commit_seconds}
+        self._decisions = JointDecisions(group, writer, self._jobs, self._changed, is_local=is_local, **about)
+        self._copies: JointCopies | None = None
+        if is_local and share_plan is not None:
+            self._copies = JointCopies(group, writer, self._jobs, self._changed, share_plan=share_plan, **about)
         # A daemon, because `close` at exit waits for its work before it ends it.
         self._thread = threading.Thread(target=self._commit_all, name="offstep-commit", daemon=True)
         self._thread.start()
@@ -108,7 +108,7 @@ class JointCommits:
             on_submitted: Called when the writer has the share, or never will.
             on_written: Called when the slot is free again. Both on any thread.
             on_outcome: Called once by `take_in`, with what became of the checkpoint, as the writer would say it.
-            upload: A copy to be made when it is durable; the primary's is.
+            upload: A copy to be made when it is durable: the primary's is, and from disks of their own that of all.
         """
         deadline = time.monotonic() + self._commit_seconds
         save = JointSave(job, attachments, on_submitted, on_written, on_outcome, upload, deadline)
@@ -147,6 +147,8 @@ class JointCommits:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        if self._copies is not None:
+            self._copies.close()
         self._jobs.close()
         self._decisions.end()
 
@@ -163,7 +165,7 @@ class JointCommits:
             job = replace(save.job, keep=None, replace_all=False)
             if self._is_local:
                 part = self._group.index, self._group.count
-                job = replace(job, manifest=job.manifest | {"part": part})
+                job = replace(job, manifest=job.manifest | {"part": part, "save": save.key})
             else:
                 job = replace(job, format="orbax_share", key=save.key)
                 save.staged = None if is_address(job.target) else orbax_share.staging_path(job)
@@ -215,7 +217,8 @@ class JointCommits:
         self._meet(save)
         merged = self._decisions.decide(save, partial(self._list_busy, save))
         if self._is_local:  # now that all have this one, older steps may go from this process's own disk
-            merged = self._decisions.have_done(save, {}, format="orbax_retire")
+            busy = () if self._copies is None else self._copies.sources
+            merged = self._decisions.have_done(save, {}, format="orbax_retire", busy=busy)
         return _describe_durable(save, merged)
 
     def _list_busy(self, save: JointSave) -> tuple[str, ...]:
@@ -237,6 +240,8 @@ class JointCommits:
         if save.upload is not None and "error" in outcome:
             save.upload.on_outcome({"withdrawn": True})
             self.wake()
+        elif save.upload is not None and self._copies is not None:
+            self._copies.add(save.key, save.upload)
         elif save.upload is not None:
             self._jobs.hand_over(save.upload.job, save.upload.on_outcome)
 

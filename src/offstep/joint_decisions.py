@@ -1,4 +1,4 @@
-"""What becomes of one save of several training processes: each reports its share, the primary merges them and tells all.
+"""What becomes of one save of several processes: each reports its share, the primary merges them and tells all.
 
 Whoever is late or missing fails the save, and never makes half a step.
 """
@@ -131,6 +131,17 @@ class JointDecisions:
             elif not self._is_local and not self._has_ended and save.is_refused and (is_lost or self._is_primary):
                 self._jobs.hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
 
+    def forget_later(self, save: JointSave) -> None:
+        """Deletes what was told of a save once nobody can ask for it any more.
+
+        Raises:
+            ServiceLost: it may still be there.
+        """
+        now = time.monotonic()
+        self._old_keys.append((now + 2 * (self._commit_seconds + self.grace_seconds), save.key))
+        while self._old_keys[0][0] < now:
+            self._group.delete(self._old_keys.popleft()[1])
+
     def end(self) -> None:
         """Nothing is handed to the writer from now on: it may be gone."""
         self._has_ended = True
@@ -211,10 +222,7 @@ class JointDecisions:
         """Tells all what became of it. Those that cannot hear look into the directory."""
         with contextlib.suppress(ServiceLost):
             self._group.put(f"{save.key}/decision", json.dumps(decision))
-            now = time.monotonic()
-            self._old_keys.append((now + 2 * (self._commit_seconds + self.grace_seconds), save.key))
-            while self._old_keys[0][0] < now:
-                self._group.delete(self._old_keys.popleft()[1])
+            self.forget_later(save)
 
     def _await_decision(self, save: JointSave) -> None:
         seconds = save.remaining_seconds() + self.grace_seconds

@@ -61,6 +61,7 @@ class Manifest:
         files: By relative POSIX path; without the manifest itself.
         part: Process that wrote it and number of processes, where each has a disk of its own: it may hold parts of
             arrays only.
+        save: Tells the save from all others of the step, where each process has a disk of its own: the same in all.
         extra: JSON that the caller of the save wanted to keep.
     """
 
@@ -75,6 +76,7 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     extra: Json = None
     part: tuple[int, int] | None = None
+    save: str = ""
 
 
 def build(about: Mapping[str, Json], records: Mapping[str, FileRecord], nonfinite: int | None) -> bytes:
@@ -206,6 +208,7 @@ def _to_manifest(document: dict[str, Json]) -> Manifest:
         files=files,
         extra=document.get("extra"),
         part=_read_part(document.get("part")),
+        save=str(document.get("save", "")),
     )
 
 

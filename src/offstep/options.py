@@ -33,6 +33,7 @@ class Options:
     layout: Layout = "shared"
     memory_every: int | None = None
     memory_linger_seconds: float = 600.0
+    copies_into_store: bool = False  # steps of directories of this machine, or of disks of the processes' own
 
     def __post_init__(self) -> None:
         """Checks each option.

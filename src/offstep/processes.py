@@ -27,18 +27,21 @@ class Membership:
         group: The processes.
         plan: Where the leaves lie in this process's slots.
         digest: Tells whether the others have the same structure.
-        shares: Who writes what; `None` where each has a disk of its own, and writes all that it holds.
+        shares: Who writes what into a directory, or store, of all; `None` where nothing is written there.
+        is_local: Whether each has a disk of its own, and writes all that it holds. With `shares`, what it copies from
+            there into a store.
     """
 
     group: Group
     plan: Plan
     digest: str
     shares: Shares | None
+    is_local: bool
 
     @property
     def has_lock(self) -> bool:
         """Whether this process takes the lock of the target, and sweeps there."""
-        return self.shares is None or self.group.index == PRIMARY
+        return self.is_local or self.group.index == PRIMARY
 
     def open(self, writer: Writer, documents: dict[str, Any] | None, options: Options) -> tuple[int, JointCommits]:
         """Tells the writer of the plans; returns the number of that of the saves, and what commits them.
@@ -48,12 +51,12 @@ class Membership:
             documents: What an Orbax directory takes.
             options: How to work.
         """
-        merged = None
-        if self.shares is None:
-            number = writer.add_plan(self.plan, _DIRECTORY, documents)
-        else:
+        share = merged = None
+        if self.shares is not None:
             own = {"process": self.group.index, "commits": self.group.index == PRIMARY}
-            number = writer.add_plan(self.plan, "orbax_share", own)
+            # What is copied is what this process writes alone: a counter need not even be on its disk.
+            plan = self.shares.plan(self.group.index, has_all_counters=False) if self.is_local else self.plan
+            share = writer.add_plan(plan, "orbax_share", own)
         if self.shares is not None and self.group.index == PRIMARY:
             about = {"model": documents, "places": self.shares.places, "processes": self.group.count}
             merged = writer.add_plan(self.plan, "orbax_merged", about)
@@ -61,11 +64,15 @@ class Membership:
             self.group,
             writer,
             digest=self.digest,
+            share_plan=share,
             merged_plan=merged,
-            is_local=self.shares is None,
+            is_local=self.is_local,
             commit_seconds=options.commit_seconds,
         )
-        return number, joint
+        if self.is_local:
+            return writer.add_plan(self.plan, _DIRECTORY, documents), joint
+        assert share is not None
+        return share, joint
 
 
 def find_membership(
@@ -83,6 +90,11 @@ def find_membership(
     """
     spread = next((leaf for leaf, array in zip(leaves, arrays, strict=True) if spans_processes(array)), None)
     if spread is None:
+        if options.layout == "local" and options.copies_into_store and find_group() is not None:
+            raise ValueError(
+                "each of several processes has a state of its own, and all would be copied to the same place in the "
+                "store: give each an address. Received: layout='local' and local=..."
+            )
         return None
     if format != _DIRECTORY:
         raise UnsupportedLeaf(
@@ -114,12 +126,14 @@ def find_membership(
         for leaf, array in zip(leaves, arrays, strict=True)
     ]
     holders = [list_holders(array) for array in arrays]
-    if options.layout == "local":
+    is_local = options.layout == "local"
+    shares = share_out(leaves, holders, group.count, empty_nodes) if options.copies_into_store or not is_local else None
+    if is_local:
         own = ((group.index,),)  # what is in reach of one process, each has for itself
         holders = [
             found if spans_processes(array) else own * len(found) for found, array in zip(holders, arrays, strict=True)
         ]
-        plan = keep_all(leaves, holders, group.index, empty_nodes)
-        return Membership(group, plan, digest_structure(plan.leaves), None)
-    shares = share_out(leaves, holders, group.count, empty_nodes)
-    return Membership(group, shares.plan(group.index), shares.digest, shares)
+        plan = keep_all(leaves, holders, group.index, empty_nodes, None if shares is None else shares.layouts)
+        return Membership(group, plan, digest_structure(plan.leaves) if shares is None else shares.digest, shares, True)
+    assert shares is not None
+    return Membership(group, shares.plan(group.index), shares.digest, shares, False)

@@ -197,7 +197,7 @@ class Job:
         retry_seconds: How long to try again after a failure that may pass; how long a store may fail altogether.
         private: Nobody but the owner may read the checkpoint.
         key: Tells the save from all others, where several processes make one checkpoint; the same in all of them.
-        source: Directory of the durable step to copy, for the format `upload`.
+        source: Directory of the durable step to copy. Such a job is done beside saves, at a lower priority.
         busy: Other targets of saves that are on their way: what lies there is no leftover.
     """
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,10 +16,10 @@ import numpy as np
 
 from offstep import leaf_paths
 from offstep.attachments import Value, read_extra
-from offstep.coordination import agree_on_steps, find_group
-from offstep.discovery import READ_THREADS, is_checkpoint, open_newest, open_newest_of, open_parts, place_tiers
+from offstep.coordination import find_group
+from offstep.discovery import READ_THREADS, open_newest, open_newest_of, place_tiers
 from offstep.errors import StructureMismatch
-from offstep.formats.local_reader import list_common_steps, list_parts
+from offstep.joint_discovery import may_be_on_own_disks, open_together
 from offstep.matching import Matching, Renaming, Selection, TargetLeaf, rename_leaves
 from offstep.placement import (
     IN_PLACE_BYTES,
@@ -105,7 +104,8 @@ def restore(
             generators never are, nor groups that the checkpoint or the model does not have at all.
         cast: Convert dtypes that differ.
         threads: Threads that read.
-        local: Directory of steps of which some were copied to `path`: the newest valid step of both is taken.
+        local: Directory of steps of which some were copied to `path`: the newest valid step of both is taken. Where
+            it is on disks of several processes' own, the newest that all have; they all restore at the same time.
 
     Raises:
         StructureMismatch: checkpoint and target do not agree. Nothing has been changed.
@@ -156,14 +156,11 @@ def read(path: str | os.PathLike[str] | StorePath, leaf: str, *, threads: int = 
 
 
 def _open(places: Sequence[Readable]) -> Reader:
-    """Opens a checkpoint; of those on disks of each process's own, one that the others have too."""
+    """Opens a checkpoint; of those on disks of each process's own, one that the others take too."""
     group = find_group()
-    root = places[0]
-    parts = list_parts(root) if isinstance(root, Path) and not is_checkpoint(root) else []
-    if group is None or not parts or len(places) > 1:
+    if group is None or not may_be_on_own_disks(places):
         return open_newest_of(places, verify="fast")
-    assert isinstance(root, Path)
-    return open_parts(root, agree_on_steps(group, list_common_steps(parts)), verify="fast")
+    return open_together(group, places, verify="fast")
 
 
 @contextmanager

@@ -46,13 +46,22 @@ class Shares:
     common_bytes: int
     empty_nodes: tuple[tuple[tuple[PathKey, ...], str], ...] = ()
 
-    def plan(self, process: int) -> Plan:
-        """Returns where the leaves lie in the slots of one process: those chunks that it writes, and the counters."""
-        leaves = tuple(map(self._lay_out, self.layouts, self.places, (process,) * len(self.layouts)))
-        return Plan(leaves, self.slot_bytes[process], self.empty_nodes)
+    def plan(self, process: int, *, has_all_counters: bool = True) -> Plan:
+        """Returns where the leaves lie in the slots of one process: those chunks that it writes, and the counters.
 
-    def _lay_out(self, layout: LeafLayout, places: tuple[Place, ...], process: int) -> LeafLayout:
-        if is_common(layout):
+        Args:
+            process: Which one.
+            has_all_counters: Also those counters that others write.
+        """
+        leaves = (
+            self._lay_out(layout, places, process, has_all_counters=has_all_counters)
+            for layout, places in zip(self.layouts, self.places, strict=True)
+        )
+        return Plan(tuple(leaves), self.slot_bytes[process], self.empty_nodes)
+
+    @staticmethod
+    def _lay_out(layout: LeafLayout, places: tuple[Place, ...], process: int, *, has_all_counters: bool) -> LeafLayout:
+        if has_all_counters and is_common(layout):
             return replace(layout, chunks=(0,), offset=places[0][1])
         own = [number for number, (owner, _) in enumerate(places) if owner == process]
         return replace(layout, chunks=tuple(own), offset=places[own[0]][1] if own else 0)
@@ -109,12 +118,21 @@ def keep_all(
     holders: Sequence[Holders],
     process: int,
     empty_nodes: Sequence[tuple[tuple[PathKey, ...], str]] = (),
+    cut: Sequence[LeafLayout] | None = None,
 ) -> Plan:
-    """Returns where the leaves lie in the slots of a process that writes all that it holds: its disk is its own."""
+    """Returns where the leaves lie in the slots of a process that writes all that it holds: its disk is its own.
+
+    Args:
+        leaves: In the order of the snapshot.
+        holders: Of each leaf.
+        process: Which one.
+        empty_nodes: See `Plan`.
+        cut: Has the chunks that the leaves are to be cut into, where those are shared out later; else large ones.
+    """
     offset = 0
     layouts = []
-    for leaf, of_leaf in zip(leaves, holders, strict=True):
-        layout = _lay_out(leaf, CHUNK_TARGET_BYTES)
+    whole = cut or [_lay_out(leaf, CHUNK_TARGET_BYTES) for leaf in leaves]
+    for layout, of_leaf in zip(whole, holders, strict=True):
         is_held = [process in processes for processes in of_leaf]
         own = [number for number, shard in zip(layout.numbers, find_shards(layout), strict=True) if is_held[shard]]
         layouts.append(replace(layout, chunks=tuple(own), offset=offset))

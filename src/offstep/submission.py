@@ -160,7 +160,7 @@ class Submitter:
                 on_submitted=work.pending.mark_submitted,
                 on_written=lambda: work.opened.pool.release(work.slot),
                 on_outcome=lambda outcome: self._settle(work, outcome),
-                upload=self._expect_upload(work, job, target) if work.opened.joint.is_primary else None,
+                upload=self._expect_upload(work, job, target) if work.opened.joint.writes_common else None,
             )
             return
         image = None if content is None else make_image(content)

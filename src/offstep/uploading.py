@@ -1,4 +1,4 @@
-"""Copies durable steps into a store while later ones are written: one at a time, the newest of those that wait."""
+"""Copies durable steps into stores while later ones are written: one at a time, for each store the newest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from offstep.inbox import Attached
 from offstep.records import Job
 from offstep.wire import Message
 
@@ -17,15 +18,15 @@ class Uploader:
     """The copies of one writer. Its thread starts with the first of them.
 
     Args:
-        upload: Makes one copy and returns what the trainer is told of it.
+        upload: Makes one copy, or its part of one, with what is attached to that, and returns what the trainer is told.
         tell: Tells the trainer; from the thread of the copies too.
     """
 
-    def __init__(self, upload: Callable[[Job], Message], tell: Callable[[Message], None]) -> None:
+    def __init__(self, upload: Callable[[Job, Attached], Message], tell: Callable[[Message], None]) -> None:
         self._upload, self._tell = upload, tell
         self._changed = threading.Condition()
         self._current: Job | None = None  # guarded by self._changed, as all that follows
-        self._waiting: Job | None = None
+        self._waiting: list[tuple[Job, Attached]] = []
         self._has_ended = False
         self._thread: threading.Thread | None = None
 
@@ -33,12 +34,17 @@ class Uploader:
     def sources(self) -> frozenset[str]:
         """The directories that are being copied, or wait for it: they must stay."""
         with self._changed:
-            return frozenset(job.source for job in (self._current, self._waiting) if job is not None)
+            jobs = [job for job, _ in self._waiting]
+            return frozenset(job.source for job in (self._current, *jobs) if job is not None)
 
-    def add(self, job: Job) -> None:
-        """Has a step copied; another one that waits is not, and the trainer is told so."""
+    def add(self, job: Job, attached: Attached) -> None:
+        """Has a step copied; another one that waits to be copied to the same place is not, and the trainer is told so.
+
+        What several processes copy together they have chosen before.
+        """
         with self._changed:
-            replaced, self._waiting = self._waiting, job
+            replaced = self._take_replaced(job) if job.format == "upload" else None
+            self._waiting.append((job, attached))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="offstep-upload", daemon=True)
                 self._thread.start()
@@ -58,14 +64,22 @@ class Uploader:
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not everywhere a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        while (job := self._take()) is not None:
-            answer = self._upload(job)
+        while (entry := self._take()) is not None:
+            answer = self._upload(*entry)
             with self._changed:
                 self._current = None
             self._tell(answer)
 
-    def _take(self) -> Job | None:
+    def _take(self) -> tuple[Job, Attached] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting is not None or self._has_ended)
-            self._current, self._waiting = self._waiting, None
-            return self._current
+            self._changed.wait_for(lambda: bool(self._waiting) or self._has_ended)
+            job, attached = self._waiting.pop(0) if self._waiting else (None, {})
+            self._current = job
+            return None if job is None else (job, attached)
+
+    def _take_replaced(self, job: Job) -> Job | None:
+        for entry in self._waiting:
+            if (entry[0].format, entry[0].root) == (job.format, job.root):
+                self._waiting.remove(entry)
+                return entry[0]
+        return None

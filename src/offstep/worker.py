@@ -75,8 +75,8 @@ def serve(channel: Channel, local_slots: dict[int, Slot] | None = None) -> None:
         with telling:
             _answer(channel, message)
 
-    uploader = Uploader(lambda job: _upload(job, stored), tell)
-    holdings = _Holdings(uploader=uploader)
+    holdings = _Holdings()
+    uploader = holdings.uploader = Uploader(lambda job, attached: _upload(job, holdings, attached, stored), tell)
     inbox = Inbox(channel)
     while (message := inbox.next()) is not None:
         answer = _handle(message, holdings, local_slots)
@@ -117,7 +117,7 @@ def _rescue(message: Message, holdings: _Holdings) -> memory_tier.Survivor:
     job = Job(**message["job"])
     saved = [written for written in holdings.census.look(Path(job.root)) if written.run == job.manifest["run"]]
     is_newest = all(written.step < job.step for written in saved)
-    answer = _save(job, holdings, message["attached"]) if is_newest else {}
+    answer = _save(job, holdings, message["attached"], holdings.census) if is_newest else {}
     return memory_tier.Survivor(
         message["job"],
         holdings.plan_texts[job.plan],
@@ -149,14 +149,14 @@ def _handle(message: Message, holdings: _Holdings, local_slots: dict[int, Slot] 
             os.close(holdings.plan_texts.pop(message["plan"]))
         case "save":
             job = Job(**message["job"])
-            if job.format == "upload" and holdings.uploader is not None:
-                holdings.uploader.add(job)
+            if job.source and holdings.uploader is not None:
+                holdings.uploader.add(job, message["attached"])
                 return None
             claim = holdings.claims.get(job.slot)
             try:
                 # Else the trainer has taken it back.
                 if job.slot == NO_SLOT or (claim is not None and claim.take(job.number)):
-                    return _save(job, holdings, message["attached"])
+                    return _save(job, holdings, message["attached"], holdings.census)
             finally:
                 drop(message["attached"])
     return None
@@ -187,13 +187,15 @@ def _prepare(data: dict[str, Any]) -> Any:
         return error
 
 
-def _save(job: Job, holdings: _Holdings, attached: Attached) -> Message:
+def _save(job: Job, holdings: _Holdings, attached: Attached, census: catalog.Census) -> Message:
     with ExitStack() as maps:
         files = {name: maps.enter_context(mmap.mmap(fd, size_bytes)) for name, (fd, size_bytes) in attached.items()}
-        return _make_durable(job, holdings, files)
+        return _make_durable(job, holdings, files, census)
 
 
-def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.mmap]) -> Message:
+def _make_durable(
+    job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.mmap], census: catalog.Census
+) -> Message:
     cpu_start, started = time.process_time(), time.monotonic()
     remarks: list[str] = []
     try:
@@ -220,7 +222,7 @@ def _make_durable(job: Job, holdings: _Holdings, attachments: Mapping[str, mmap.
     }
     try:
         busy = frozenset(job.busy) | (holdings.uploader.sources if holdings.uploader is not None else frozenset())
-        retired.extend(map(str, _retire(job, holdings.census, busy)))  # what went before an error is in it too
+        retired.extend(map(str, _retire(job, census, busy)))  # what went before an error is in it too
     except OSError as error:  # The new checkpoint is durable all the same.
         remarks.append(f"older checkpoints of {job.root} could not be deleted: {error}")
     return answer | {"retire_seconds": time.monotonic() - durable_at}
@@ -234,8 +236,18 @@ def _describe_failure(job: Job, error: Exception) -> Message:
     return {"job": job.number, "error": text, "errno": code, "is_unsure": isinstance(error, Unanswered)}
 
 
-def _upload(job: Job, census: catalog.Census) -> Message:
-    """Copies a durable step into a store, on the uploader's thread; one whose save failed is not there to be copied."""
+def _upload(job: Job, holdings: _Holdings, attached: Attached, census: catalog.Census) -> Message:
+    """Copies a durable step into a store, on the uploader's thread, or does its part where several processes do so."""
+    if job.format == "upload":
+        return _copy(job, census)
+    try:
+        return _save(job, holdings, attached, census)
+    finally:
+        drop(attached)
+
+
+def _copy(job: Job, census: catalog.Census) -> Message:
+    """Copies a durable step as a whole; one whose save failed is not there to be copied."""
     try:
         written_bytes = FORMATS[job.format].write(job, None, _NOTHING, {})
     except Exception as error:  # noqa: BLE001  whatever it is, the trainer must hear of it

@@ -12,6 +12,7 @@ from offstep.formats import (
     keras_weights,
     orbax_merged,
     orbax_share,
+    orbax_share_copy,
     orbax_share_objects,
     orbax_step,
     orbax_upload,
@@ -52,6 +53,7 @@ FORMATS = {
     "orbax_directory": Format(orbax_step.place, orbax_step.prepare, orbax_step.write),
     # Of several processes each writes a share; one of them merges these. Who gets what is decided in `shares`.
     "orbax_share": Format(orbax_step.place, orbax_share.prepare, orbax_share.write),
+    "orbax_share_copy": Format(orbax_step.place, orbax_share.prepare, orbax_share_copy.write),
     "orbax_merged": Format(orbax_step.place, orbax_merged.prepare, orbax_merged.write),
     "orbax_discard": Format(orbax_step.place, orbax_share.prepare, orbax_share_objects.discard),
     # Where each has a disk of its own, it writes all that it holds; what is older goes when all have done so.

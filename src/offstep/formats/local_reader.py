@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from offstep import catalog
+from offstep import catalog, manifest
 from offstep.errors import CheckpointDamaged, UnsupportedFormat
 from offstep.formats.image_reader import ImageReader
 from offstep.formats.ocdbt_index import FileRange, Index, read_index
 from offstep.formats.orbax_reader import OrbaxReader, find_item
+from offstep.manifest import Manifest
 from offstep.stored import Region, StoredLeaf
 
 _PART_NAME = re.compile(r"process_(0|[1-9][0-9]*)")
@@ -32,10 +33,22 @@ def list_parts(root: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def list_common_steps(parts: Sequence[Path]) -> list[int]:
-    """Returns the steps that are whole in all these directories, in ascending order: others were never durable."""
-    steps = [set(catalog.list_steps(part)) for part in parts]
-    return sorted(set.intersection(*steps)) if steps else []
+def list_common_steps(parts: Sequence[Path]) -> dict[int, Manifest]:
+    """Returns the steps that are whole in all these directories, in ascending order: others were never durable.
+
+    Nor was one that is of another save on one disk than on another: all have gone on from an older step, and some were
+    killed before they came to this one again.
+    """
+    found = [dict(_list_manifests(part)) for part in parts]
+    common = set.intersection(*(set(steps) for steps in found)) if found else set()
+    return {step: found[0][step] for step in sorted(common) if len({steps[step].save for steps in found}) == 1}
+
+
+def _list_manifests(part: Path) -> Iterator[tuple[int, Manifest]]:
+    for step in catalog.list_steps(part):
+        written = manifest.read(part / str(step))
+        if written is not None:
+            yield step, written
 
 
 class LocalReader:

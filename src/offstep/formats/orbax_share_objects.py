@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from offstep.formats.orbax_objects import PIECE_BYTES, cut_slot
 from offstep.records import Job, Share
 from offstep.stores import staging
 from offstep.stores.address import Address, parse_address
+from offstep.stores.staging import Parts
 
 ITEM_PREFIX = "ocdbt.process_"
 """What the names of databases begin with."""
@@ -89,14 +90,17 @@ def write(job: Job, target: Address, prepared: PreparedShare, slot: mmap.mmap) -
     """
     with memoryview(slot) as view:
         with counted_beside(view, prepared.own_floats) as nonfinite:
-            pieces = list(_cut(prepared, view))
-            names = name_pieces(job.key, prepared.process, len(pieces))
-            files = {f"{STATE}/{name}": (piece,) for name, piece in zip(names, pieces, strict=True)}
-            staging.put_data(target, files, job.retry_seconds)
-            sizes = [piece.nbytes for piece in pieces]
-            del files, pieces  # they refer to the slot
+            sizes = put_pieces(job, target, prepared, [(piece,) for piece in _cut(prepared, view)])
         note = {"pieces": sizes, "nonfinite": nonfinite()}
     return Share(sum(sizes), note)
+
+
+def put_pieces(job: Job, target: Address, prepared: PreparedShare, pieces: Sequence[Parts]) -> list[int]:
+    """Puts the pieces of a share into the store, and returns their sizes; see `write`."""
+    names = name_pieces(job.key, prepared.process, len(pieces))
+    files = {f"{STATE}/{name}": parts for name, parts in zip(names, pieces, strict=True)}
+    staging.put_data(target, files, job.retry_seconds)
+    return [sum(map(len, parts)) for parts in pieces]
 
 
 def discard(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> int:
