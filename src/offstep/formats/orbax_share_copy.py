@@ -44,7 +44,7 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
     source = Path(job.source)
     _check_source(source, job)
     if prepared.item is None:
-        return Share(0, {"pieces": [], "nonfinite": 0})
+        return Share(0, {"pieces": [], "files": {}, "nonfinite": 0})
     file, chunks = _find_chunks(source / STATE, prepared.item)
     with ExitStack() as stack:
         opened = stack.enter_context((source / STATE / file).open("rb"))
@@ -52,7 +52,7 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
         view = stack.enter_context(memoryview(pages))
         nonfinite = _count(view, prepared, chunks)
         sizes = put_pieces(job, parse_address(job.target), prepared, list(_cut(prepared.item, chunks, view)))
-    return Share(sum(sizes), {"pieces": sizes, "nonfinite": nonfinite})
+    return Share(sum(sizes), {"pieces": sizes, "files": {}, "nonfinite": nonfinite})
 
 
 def _check_source(source: Path, job: Job) -> None:
