@@ -27,7 +27,17 @@ BATCHES, BATCH_SIZE, EPOCHS = 5, 8, 3
 
 
 class Announce(keras.callbacks.Callback):
+    """Says that a batch begins; at one of them only when all saves before it are durable."""
+
+    def __init__(self, savers: list[Any], settles_at: int | None) -> None:
+        super().__init__()
+        self.savers, self.settles_at, self.batches = savers, settles_at, 0
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        if self.batches == self.settles_at:
+            [saver] = self.savers
+            saver.wait_until_finished()
         print("batch", batch, flush=True)
 
 
@@ -47,7 +57,8 @@ def make_saver(directory: Path, options: dict[str, Any]) -> list[Any]:
     if options.get("saver") == "backup":
         return [BackupAndRestore(directory / "root", **arguments)]
     if options.get("saver") == "checkpoint":
-        return [ModelCheckpoint(directory / "root" / "{step}", resume=True, **arguments)]
+        filepath = options.get("filepath", directory / "root" / "{step}")
+        return [ModelCheckpoint(filepath, resume=True, **arguments)]
     return []
 
 
@@ -58,7 +69,7 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     np.random.seed(100 + group)
     early = keras.callbacks.EarlyStopping("val_loss", patience=3)
     reduce = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.2)
-    tally = Tally()
+    tally, savers = Tally(), make_saver(directory, options)
     history = model.fit(
         data[:-16],
         data[:-16],
@@ -66,7 +77,7 @@ def train(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
         epochs=EPOCHS,
         validation_data=(data[-16:], data[-16:]),
         validation_batch_size=BATCH_SIZE,
-        callbacks=[*make_saver(directory, options), early, reduce, tally, Announce()],
+        callbacks=[*savers, early, reduce, tally, Announce(savers, options.get("settles_at"))],
         verbose=0,
     )
     decisions = [early.wait, early.best, early.stopped_epoch, reduce.wait, reduce.best, tally.sum]

@@ -1,6 +1,6 @@
 """Trainings of several processes that are killed and started again by the same command: they end with the same bits.
 
-pytest tests/test_joint_resume.py -m campaign      ten kills in a row, two and four processes
+pytest tests/test_joint_resume.py -m campaign      ten kills in a row, two and four processes, directories and buckets
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from typing import Any
 
 import joint
 import pytest
+from fault_proxy import Proxy
+from object_stores import Server, below, download, gs_only, proxy, run, s3_only, store, through
 from processes import wait_for_end
+from test_store_faults import is_listing
 
+import offstep
 from offstep import catalog
+from offstep.stores.path import open_place
+
+__all__ = ["proxy", "run", "store"]  # fixtures
 
 pytestmark = pytest.mark.crash
 
@@ -82,6 +89,20 @@ def test_so_they_do_from_disks_of_their_own_of_which_one_is_damaged(tmp_path: Pa
     assert not list(tmp_path.glob("host_*/root")), "finished, they need no backup"
 
 
+@s3_only
+@pytest.mark.timeout(300)
+def test_so_they_do_from_a_bucket(run: str, tmp_path: Path, elsewhere: Path) -> None:
+    options = {"kind": "model", **FREQUENT, "filepath": below(run, "{step}"), "settles_at": 8}
+    run_until_killed(2, tmp_path, options, 9)
+    newest = catalog.list_steps(open_place(run))[-1]
+    assert 7 <= newest < 10, "in mid-epoch"
+    copy = download(below(run, str(newest)), tmp_path / "root" / str(newest))
+    assert {path.name for path in copy.glob("offstep-extra*")} == {"offstep-extra", "offstep-extra.process_1"}
+    assert offstep.verify(copy).ok
+    assert len(list(copy.glob("pytree/ocdbt.process_1/d/*"))) == 1, "there it was only on its way"
+    assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
+
+
 def damage(checkpoint: Path) -> None:
     data = max((checkpoint / "pytree").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -140,3 +161,55 @@ def test_another_number_of_processes_begins_the_epoch_again(tmp_path: Path) -> N
     [told] = joint.run(SCRIPT, 1, tmp_path, **options)
     assert told["epochs"] == [0, 1, 2]
     assert "the number of processes was 2, now it is 1" in told["said"][0]
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["data", "model"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_killed_ten_times_they_end_with_the_same_bits_from_a_bucket(
+    count: int, kind: str, run: str, tmp_path: Path, elsewhere: Path
+) -> None:
+    options = {"kind": kind, **FREQUENT, "filepath": below(run, "{step}")}
+    draw = random.Random(f"{count} {kind} bucket").randint
+    for _ in range(10):
+        run_until_killed(count, tmp_path, options, draw(1, 4))
+    assert_same(joint.run(SCRIPT, count, tmp_path, **options), count, kind, elsewhere)
+
+
+@gs_only
+@pytest.mark.campaign
+@pytest.mark.parametrize("now", [1, 4])
+def test_another_number_of_processes_begins_the_epoch_again_from_a_bucket(now: int, run: str, tmp_path: Path) -> None:
+    options = {"kind": "data", **FREQUENT, "filepath": below(run, "{step}")}
+    run_until_killed(2, tmp_path, options | {"settles_at": 7}, 8)
+    told = joint.run(SCRIPT, now, tmp_path, **options)
+    for report in told:
+        assert report["epochs"] == [0, 1, 2]
+        assert f"the number of processes was 2, now it is {now}" in report["said"][0]
+
+
+@gs_only
+@pytest.mark.campaign
+def test_a_download_of_the_bucket_is_gone_on_from(run: str, tmp_path: Path, elsewhere: Path) -> None:
+    options = {"kind": "model", **FREQUENT}
+    run_until_killed(2, tmp_path, options | {"filepath": below(run, "{step}"), "settles_at": 8}, 9)
+    download(run, tmp_path / "root")
+    assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
+
+
+@gs_only
+@pytest.mark.campaign
+def test_all_are_told_that_the_bucket_cannot_be_listed(proxy: Proxy, store: Server, run: str, tmp_path: Path) -> None:
+    options = {"kind": "model", **FREQUENT, "filepath": below(through(proxy, store, run), "{step}")}
+    proxy.fail("403", is_listing)
+    trainers = joint.start(SCRIPT, 2, tmp_path, [options] * 2)
+    try:
+        for trainer in reversed(trainers):
+            trainer.end()
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+    for trainer in trainers:
+        assert trainer.status != 0
+        assert "it is not known what can be resumed from: process 0: " in trainer.errors

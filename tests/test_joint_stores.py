@@ -6,6 +6,7 @@ import json
 import mmap
 import re
 import struct
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,21 @@ class Writers:
         key, about = f"offstep/0123abcd/1/5/{repeat}", {"step": 5, "metrics": {}}
         return Job(1, 5, form, self.target, self.root, self.root, 1, 1, "tag", manifest=about, key=key)
 
-    def share(self, repeat: int) -> None:
+    def share(self, repeat: int, attached: bytes | None = None) -> None:
+        """Puts the shares there; process 1 has something attached to the step."""
         for process, plan in enumerate(self.plans):
-            with mmap.mmap(-1, plan.slot_bytes) as slot:
+            with ExitStack() as maps:
+                slot = maps.enter_context(mmap.mmap(-1, plan.slot_bytes))
+                files = {}
+                if process and attached is not None:
+                    files[ATTACHED] = maps.enter_context(mmap.mmap(-1, len(attached)))
+                    files[ATTACHED][:] = attached
                 for layout in plan.leaves:
                     chunks = list(cut_into_chunks(self._arrays[layout.leaf.name] + repeat, layout.chunk_shape))
                     for number, (offset, size) in zip(layout.numbers, layout.chunk_ranges(), strict=True):
                         slot[offset : offset + size] = chunks[number] + struct.pack("<I", crc32c(chunks[number]))
                 share = FORMATS["orbax_share"].write(
-                    self._make_job(repeat, "orbax_share"), self._shares[process], slot, {}
+                    self._make_job(repeat, "orbax_share"), self._shares[process], slot, files
                 )
             assert isinstance(share, Share)
             self._notes.setdefault(repeat, []).append(share.note)
@@ -194,6 +201,7 @@ class Writers:
         return [(int(match[1]), int(match[2], 16)) for match in found if match is not None]
 
 
+ATTACHED = "offstep-extra.process_1"
 SMALL = {"a": np.zeros((64, 64), np.float32), "b": np.ones((64, 64), np.float32)}
 
 
@@ -239,6 +247,34 @@ def test_a_step_that_is_saved_again_is_replaced_and_spares_what_is_on_its_way(ru
 
 
 @gs_only
+def test_what_a_process_attaches_has_its_name_from_the_commit_on(run: str) -> None:
+    writers = Writers(run, SMALL)
+    for repeat, content in ((1, b"one"), (2, b"two"), (3, b"three")):
+        writers.share(repeat, content)
+    assert not any(name.endswith(ATTACHED) for name in list_objects(run))
+    step = open_place(writers.target)
+    for repeat, content in ((1, b"one"), (2, b"two")):
+        writers.merge(repeat)
+        assert (step / ATTACHED).read_bytes() == content, "not that of a save which is on its way"
+        assert offstep.verify(writers.target).ok
+    writers.discard(3, process=1)
+    assert writers.list_pieces() == [(0, 2), (0, 3), (1, 2)]
+
+
+@gs_only
+def test_what_is_attached_is_compared_before_the_commit(run: str) -> None:
+    writers = Writers(run, SMALL)
+    writers.share(1, b"as it was")
+    piece = [name for name in list_objects(run) if "process_1" in name][-1]
+    Store(parse_address(run)).put((parse_address(run) / piece).key, b"damaged")
+    with pytest.raises(OSError, match="it is gone, or not what was put there"):
+        writers.merge(1)
+    assert list_steps(run) == []
+    writers.discard(1, process=0)
+    assert list_objects(run) == []
+
+
+@gs_only
 def test_dead_runs_are_swept_where_nothing_was_committed_and_live_ones_are_spared(run: str) -> None:
     writers = Writers(run, SMALL)
     writers.share(1)
@@ -249,6 +285,18 @@ def test_dead_runs_are_swept_where_nothing_was_committed_and_live_ones_are_spare
 
 
 # ---------------------------------------------------------------------------------------------------------- campaign
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+def test_four_processes_save_steps_that_one_two_and_four_restore(run: str) -> None:
+    told = joint.run("joint_trees.py", 4, run, do="save", steps=[1, 2, 3], arguments={"max_to_keep": 2})
+    assert [report["failures"] for report in told] == [[]] * 4
+    assert list_steps(run) == [2, 3]
+    assert offstep.verify(run).ok
+    for count in (1, 2, 4):
+        told = joint.run("joint_trees.py", count, run, do="restore", steps=[3], newest=True)
+        assert told == [{"step": 3, "wrong": []}] * count
 
 
 MESSAGES = [

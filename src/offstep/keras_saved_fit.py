@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import jax
 
 from offstep import attachments, catalog, keras_state, memory_tier, policy
 from offstep.attachments import Value
-from offstep.coordination import PRIMARY, Group, find_group, list_common
+from offstep.coordination import PRIMARY, Group, Json, find_group, list_common
 from offstep.discovery import list_newest_of, place_tiers
 from offstep.errors import CheckpointNotFound, StructureMismatch
 from offstep.formats.slot_reader import SlotReader
@@ -162,6 +163,7 @@ def find_saved_fit(
     Raises:
         StructureMismatch: the checkpoint is one of another model.
         CheckpointNotFound: there are checkpoints, but none can be read.
+        OSError: it is not known which checkpoints there are.
         ProcessMissing, ServiceLost: see `Group.agree`.
     """
     if trainers.group is None:
@@ -169,8 +171,8 @@ def find_saved_fit(
         return _read_inherited(filepath, checkpoints, model, tell, say) or _read_newest(checkpoints, model, tell)
     # Beside several, only the primary looks: it has the lock, so that nothing becomes durable meanwhile.
     may_look = trainers.have_own_disks or trainers.group.index == PRIMARY
-    own = find_checkpoints(filepath, upload) if may_look else []
-    return _read_together(trainers.group, trainers, own, model, tell)
+    look = partial(find_checkpoints, filepath, upload) if may_look else list
+    return _read_together(trainers.group, trainers, look, model, tell)
 
 
 def _read_newest(checkpoints: Sequence[Readable], model: Model, tell: Tell) -> SavedFit | None:
@@ -221,13 +223,17 @@ def _refuse_all(checkpoints: Sequence[Readable]) -> None:
 
 
 def _read_together(
-    group: Group, trainers: Trainers, own: Sequence[Readable], model: Model, tell: Tell
+    group: Group, trainers: Trainers, look: Callable[[], Sequence[Readable]], model: Model, tell: Tell
 ) -> SavedFit | None:
     """Reads the newest of those that all have, or that the primary names, which all can read."""
     key = _next_key()
+    own, trouble = _look(look)
     by_name = {(path.name if trainers.have_own_disks else str(path)): path for path in reversed(own)}
     names = list(by_name)[::-1]
-    agreed = group.agree(key, names, list_common if trainers.have_own_disks else lambda said: said[PRIMARY])
+    choose = list_common if trainers.have_own_disks else lambda said: said[PRIMARY]
+    agreed = group.agree(key, {"names": names, "failure": trouble}, partial(_choose, choose))
+    if isinstance(agreed, str):
+        raise OSError(f"it is not known what can be resumed from: {agreed}")
     if own and not agreed:
         tell(f"{own[0].parent} has checkpoints, but none that all {group.count} processes have: training begins anew")
     checkpoints = [by_name.get(name) or open_place(name) for name in agreed]
@@ -243,6 +249,20 @@ def _read_together(
         tell(f"{path} cannot be resumed from, an older checkpoint is tried: {text}")
     _refuse_all(checkpoints)
     return None
+
+
+def _look(look: Callable[[], Sequence[Readable]]) -> tuple[Sequence[Readable], str | None]:
+    """Returns what there is, or what the others are to be told of why that is not known."""
+    try:
+        return look(), None
+    except OSError as error:
+        return [], str(error)
+
+
+def _choose(choose: Callable[[list[Json]], Json], said: list[Json]) -> Json:
+    """Returns the names to be tried, or the text of a failure."""
+    failures = (f"process {process}: {each['failure']}" for process, each in enumerate(said) if each["failure"])
+    return next(failures, None) or choose([each["names"] for each in said])
 
 
 def _next_key() -> str:

@@ -263,11 +263,6 @@ class SavingCheckpoint(DecidingCheckpoint):
         )
         if any(map(spans_processes, arrays)):
             self._refuse_own_decisions()
-            if self._resumption is not None and self._destination.is_remote:
-                raise ValueError(
-                    "several processes go on from a file system, where each keeps what only it knows; for a store give "
-                    f"local=... too. Received: resume=True with filepath={self.filepath}"
-                )
         for note in form.notes:
             self._tell_once(note)
         self._order, self._iteration_index = form.order, form.iteration_index

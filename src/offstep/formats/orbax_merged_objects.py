@@ -22,7 +22,7 @@ from offstep.formats.orbax_share_objects import may_be_on_its_way, name_pieces
 from offstep.manifest import FileRecord
 from offstep.records import Job
 from offstep.stores.address import Address
-from offstep.stores.staging import MARKER_NAME, StagedObjects, holds_marker
+from offstep.stores.staging import MARKER_NAME, Source, StagedObjects, holds_marker
 
 _LOOK_SECONDS = 5.0
 
@@ -61,14 +61,16 @@ def write(
     with StagedObjects(
         target, nonce=nonce, patience_seconds=job.retry_seconds, is_spared=partial(may_be_on_its_way, key=job.key)
     ) as staged:
-        pieces = _list_pieces(job.key, sizes)
+        pieces, attached = _list_pieces(job.key, sizes), _list_attached(job.key, reports)
         staged.adopt(f"{STATE}/{name}" for name in pieces)
+        staged.copy(attached)
         now_ns = time.time_ns()
         files = document_files(prepared.directory, step=job.step, target=target.plain, now_ns=now_ns)
         files[MARKER_NAME] = (*files[MARKER_NAME], b"\n", nonce)
         files |= database_files(_index(prepared, sizes, list(pieces)), (), now_ns, list(pieces))
         files |= {name: (buffer[:],) for name, buffer in attachments.items()}
         records = manifest.record_files(files) | {f"{STATE}/{name}": FileRecord(size) for name, size in pieces.items()}
+        records |= {name: FileRecord(size, crc) for name, (_, size, crc) in attached.items()}
         written = staged.write(files)
         text = manifest.build(job.manifest, records, sum(report["nonfinite"] for report in reports))
         written |= staged.write({manifest.MANIFEST_NAME: (text,)})
@@ -96,6 +98,20 @@ def _list_pieces(key: str, sizes: Sizes) -> dict[str, int]:
         for process, of_process in enumerate(sizes)
         for name, size in zip(name_pieces(key, process, len(of_process)), of_process, strict=True)
     }
+
+
+def _list_attached(key: str, reports: list[Report]) -> dict[str, Source]:
+    """Returns by the name of each attachment where it lies."""
+    return {
+        name: (f"{STATE}/{source}", *record)
+        for process, report in enumerate(reports)
+        for source, (name, record) in zip(_name_attached(key, process, report), report["files"].items(), strict=True)
+    }
+
+
+def _name_attached(key: str, process: int, report: Report) -> list[str]:
+    count = len(report["pieces"])
+    return name_pieces(key, process, count + len(report["files"]))[count:]
 
 
 def _index(prepared: PreparedStep, sizes: Sizes, names: list[str]) -> ArrayItem:

@@ -51,8 +51,8 @@ def prepare(plan: Plan, documents: dict[str, Any] | None) -> PreparedShare:  # J
 def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]) -> Share:
     """Makes one snapshot's share durable under its temporary name, or in pieces in a store.
 
-    The note has `files`, by name their sizes and checksums (in a store `pieces`, the sizes of the objects), and
-    `nonfinite`, how many values are NaN or infinite.
+    The note has `files`, by name their sizes and checksums (in a store of the attachments only, and `pieces`, the sizes
+    of the objects before these), and `nonfinite`, how many values are NaN or infinite.
 
     The attachments lie beside the database.
 
@@ -61,8 +61,7 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
     """
     target = to_place(job.target)
     if isinstance(target, Address):
-        assert not attachments, "they are put there with the commit"
-        return orbax_share_objects.write(job, target, prepared, slot)
+        return orbax_share_objects.write(job, target, prepared, slot, attachments)
     commit.make_root(Path(job.root))
     with commit.StagedDirectory(target, tag=job.tag, private=job.private) as staged, memoryview(slot) as view:
         with counted_beside(view, prepared.own_floats) as nonfinite:

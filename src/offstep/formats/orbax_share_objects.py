@@ -1,7 +1,9 @@
 """What one training process writes of an Orbax step in an object store: its slot, in pieces that nobody refers to yet.
 
 They lie where they will stay. Their names tell the save that they belong to, so that whoever cleans up spares those of
-saves that are on their way; which chunk lies in which of them follows from their sizes.
+saves that are on their way; which chunk lies in which of them follows from their sizes. What this process attaches to
+the step are the last pieces: under its own name it comes with the commit, because a writer that has outlived its run
+may still put it there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from offstep import manifest
 from offstep.finiteness import counted_beside
 from offstep.formats.ocdbt import OWN_FILE
 from offstep.formats.orbax_directory import STATE, ArrayItem
@@ -82,16 +85,24 @@ def may_be_on_its_way(name: str, key: str) -> bool:
     return is_of_run(name, key) and (other > own if is_same else True)
 
 
-def write(job: Job, target: Address, prepared: PreparedShare, slot: mmap.mmap) -> Share:
-    """Puts one snapshot's share into the store; see `orbax_share.write`.
+def write(
+    job: Job, target: Address, prepared: PreparedShare, slot: mmap.mmap, attachments: Mapping[str, mmap.mmap]
+) -> Share:
+    """Puts one snapshot's share into the store, in pieces; see `orbax_share.write`.
 
     Raises:
         OSError: it is not there as a whole; what is there has been deleted, as far as the store lets that happen.
     """
     with memoryview(slot) as view:
         with counted_beside(view, prepared.own_floats) as nonfinite:
-            sizes = put_pieces(job, target, prepared, [(piece,) for piece in _cut(prepared, view)])
-        note = {"pieces": sizes, "nonfinite": nonfinite()}
+            attached = {name: (buffer[:],) for name, buffer in attachments.items()}
+            pieces: list[Parts] = [(piece,) for piece in _cut(prepared, view)]
+            sizes = put_pieces(job, target, prepared, [*pieces, *attached.values()])
+            own = len(pieces)
+            del pieces  # they refer to the slot
+        records = manifest.record_files(attached)
+        files = {name: (record.size, record.crc32c) for name, record in records.items()}
+        note = {"pieces": sizes[:own], "files": files, "nonfinite": nonfinite()}
     return Share(sum(sizes), note)
 
 

@@ -19,6 +19,9 @@ PATIENCE_SECONDS = 30.0
 CONCURRENCY = 4
 """Requests in flight for one checkpoint."""
 
+SMALL_CONCURRENCY = 32
+"""The same for objects of some kB, of which each process may have one, and for deletes: all they take is an answer."""
+
 _THREADS = "offstep-store"
 _LEAST_PATIENCE_SECONDS = 1.0
 _SLOWEST_BYTES_PER_SECOND = 64 << 10  # of one request; silence is noticed much earlier
@@ -147,13 +150,13 @@ class Store:
             self.get(f"{prefix}-")  # TensorStore takes a refusal to list for an empty list, but none to read
         return sorted(bytes(key).decode() for key in found)
 
-    def put_all(self, objects: Mapping[str, Callable[[], bytes]]) -> None:
+    def put_all(self, objects: Mapping[str, Callable[[], bytes]], concurrency: int = CONCURRENCY) -> None:
         """Writes several objects at a time; each value is made when its turn has come, and forgotten after that."""
-        run_all(lambda item: self.put(item[0], item[1]()), list(objects.items()), CONCURRENCY, _THREADS)
+        run_all(lambda item: self.put(item[0], item[1]()), list(objects.items()), concurrency, _THREADS)
 
     def delete_all(self, keys: Iterable[str]) -> None:
         """Deletes several objects at a time."""
-        run_all(self.delete, list(keys), CONCURRENCY, _THREADS)
+        run_all(self.delete, list(keys), SMALL_CONCURRENCY, _THREADS)
 
     def _ask(self, key: str, verb: str, begin: Callable[[], Future], size_bytes: int = 0) -> Any:  # of TensorStore
         pause, fault = _FIRST_PAUSE_SECONDS, _SILENCE

@@ -14,14 +14,18 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from offstep._native import crc32c
 from offstep.stores.address import Address
-from offstep.stores.client import Patience, Store, Unanswered
+from offstep.stores.client import CONCURRENCY, SMALL_CONCURRENCY, Patience, Store, Unanswered
 
 MARKER_NAME = "commit_success.txt"
 
 _CLEANING_SECONDS = 2.0
+_SMALL_BYTES = 64 << 10
 
 Parts = Sequence[bytes | memoryview]
+Source = tuple[str, int, int]
+"""What is to be copied: relative POSIX path, size in bytes and CRC-32C."""
 
 
 class StagedObjects:
@@ -56,6 +60,7 @@ class StagedObjects:
         self._documents: dict[str, bytes] = {}
         self._written: set[str] = set()
         self._adopted: set[str] = set()
+        self._copies: dict[str, Source] = {}
         self._found = set(self._store.list(f"{final.key}/"))
         if self._marker_key in self._found and self._is_ours():
             self.is_committed = True  # by an earlier attempt, whose report was lost
@@ -81,7 +86,7 @@ class StagedObjects:
         """
         data = {path: parts for path, parts in files.items() if _is_data(path)}
         self._documents |= {path: b"".join(parts) for path, parts in files.items() if path not in data}
-        self._put({path: parts for path, parts in data.items() if not self.is_committed})
+        self._put({path: partial(b"".join, parts) for path, parts in data.items() if not self.is_committed})
         return {path: sum(map(len, parts)) for path, parts in files.items()}
 
     def adopt(self, paths: Iterable[str]) -> None:
@@ -90,13 +95,27 @@ class StagedObjects:
         Raises:
             FileNotFoundError: one is gone.
         """
-        self._adopted |= {(self.final / path).key for path in paths}
-        missing = sorted(self._adopted - self._found)
+        keys = {(self.final / path).key for path in paths}
+        self._look_for(keys)
+        self._adopted |= keys
+
+    def copy(self, sources: Mapping[str, Source]) -> None:
+        """Has `commit` put documents there that others have put under names of data files; these go after that.
+
+        Args:
+            sources: By the relative POSIX paths of the documents.
+
+        Raises:
+            FileNotFoundError: one is gone.
+        """
+        self._look_for({(self.final / path).key for path, _, _ in sources.values()})
+        self._copies |= sources
+
+    def _look_for(self, keys: set[str]) -> None:
+        missing = sorted(keys - self._found)
         if missing and not self.is_committed:
-            text = (
-                f"{len(missing)} of {len(self._adopted)} data objects that were put there are gone; this is the first"
-            )
-            raise FileNotFoundError(errno.ENOENT, text, f"{self.final.scheme}://{self.final.bucket}/{missing[0]}")
+            text = f"{len(missing)} of {len(keys)} data objects that were put there are gone; this is the first"
+            raise FileNotFoundError(errno.ENOENT, text, self._spell(missing[0]))
 
     def commit(self) -> None:
         """Makes everything written a checkpoint.
@@ -114,7 +133,8 @@ class StagedObjects:
         assert marker.endswith(self._nonce), "another attempt might have the same"
         if self._marker_key in self._found:
             self._store.delete(self._marker_key)
-        self._put({path: (content,) for path, content in self._documents.items()})
+        self._put({path: partial(bytes, content) for path, content in self._documents.items()})
+        self._put_copies()
         self._mark(marker)
         self.is_committed = True
         with contextlib.suppress(OSError):  # it is committed all the same, and readers do not look at what is left
@@ -134,10 +154,27 @@ class StagedObjects:
     def _is_ours(self) -> bool:
         return (self._store.get(self._marker_key) or b"").endswith(self._nonce)
 
-    def _put(self, files: Mapping[str, Parts]) -> None:
-        keys = {(self.final / path).key: parts for path, parts in files.items()}
+    def _put_copies(self) -> None:
+        makers = {path: partial(self._read_checked, *source) for path, source in self._copies.items()}
+        small = {path for path, (_, size, _) in self._copies.items() if size <= _SMALL_BYTES}
+        self._put({path: make for path, make in makers.items() if path in small}, SMALL_CONCURRENCY)
+        self._put({path: make for path, make in makers.items() if path not in small})
+
+    def _read_checked(self, path: str, size: int, checksum: int) -> bytes:
+        key = (self.final / path).key
+        content = self._store.get(key)
+        if content is None or (len(content), crc32c(content)) != (size, checksum):
+            text = "it cannot be copied: it is gone, or not what was put there"
+            raise OSError(errno.EIO, text, self._spell(key))
+        return content
+
+    def _put(self, files: Mapping[str, Callable[[], bytes]], concurrency: int = CONCURRENCY) -> None:
+        keys = {(self.final / path).key: make for path, make in files.items()}
         self._written |= set(keys)
-        self._store.put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+        self._store.put_all(keys, concurrency)
+
+    def _spell(self, key: str) -> str:
+        return f"{self.final.scheme}://{self.final.bucket}/{key}"
 
 
 def probe(place: Address, patience_seconds: float) -> None:
