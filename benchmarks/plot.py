@@ -20,8 +20,21 @@ from peers import BASELINE, OURS, PEERS
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-OUR_COLOUR = "#d1495b"
-OTHER_COLOURS = ("#30638e", "#6a94b5", "#7a9e7e", "#b0bec5", "#8d6a9f", "#c9a227", "#5c6b73", "#9dbebb", "#3d405b")
+# Of offstep, and of its other formats.
+OUR_COLOURS = ("#d1495b", "#e07a5f", "#f2a07b")
+OTHER_COLOURS = (
+    "#30638e",
+    "#4f7942",
+    "#a8c69f",
+    "#c9a227",
+    "#7d5ba6",
+    "#c3b1e1",
+    "#5c6b73",
+    "#b0bec5",
+    "#7f4f24",
+    "#3d405b",
+    "#8fb8d8",
+)
 FLOOR_MILLISECONDS = 0.1
 
 
@@ -90,9 +103,11 @@ def _overhead(workload: dict[str, Any], name: str) -> tuple[int, float]:
     return workload["workload"]["save_freq"], 100 * (seconds / without - 1)
 
 
-def _colour(peer: str) -> str:
-    others = [name for name in PEERS if name not in (BASELINE, OURS)]
-    return OUR_COLOUR if peer == OURS else OTHER_COLOURS[others.index(peer) % len(OTHER_COLOURS)]
+def _colour(name: str) -> str:
+    savers = [peer.name for peer in PEERS.values() if peer.finished != "never"]
+    alike = [other for other in savers if other.startswith(OURS) == name.startswith(OURS)]
+    colours = OUR_COLOURS if name.startswith(OURS) else OTHER_COLOURS
+    return colours[alike.index(name) % len(colours)]
 
 
 def _describe(data: dict[str, Any]) -> str:  # JSON
