@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from interpreters import Interpreter
 from processes import find_writers
 
 PATIENCE_SECONDS = 240.0
@@ -36,13 +36,8 @@ class Trainer:
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `end`
-        self._process = subprocess.Popen(
-            [sys.executable, *arguments],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
+        self._process = Interpreter(
+            arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
         self.report: dict[str, Any] = {}
         self.status: int | None = None

@@ -7,11 +7,11 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import keras
 import numpy as np
 import pytest
@@ -31,16 +31,11 @@ def test_tests_of_keras_pass_with_ours_in_its_place(tmp_path: Path) -> None:
     import keras.src.callbacks.backup_and_restore as theirs
 
     tests = Path(theirs.__file__).with_name("backup_and_restore_test.py")
-    options = ["-q", "-p", "place_backup", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
+    options = ["-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
+    options += ["-q", "-p", "place_backup", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
     options.append("--import-mode=importlib")  # else an installed offstep would come before the one under test
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tests)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = interpreters.run([*options, tests], env=os.environ | {"PYTHONPATH": path})
     assert "7 passed" in finished.stdout, finished.stdout + finished.stderr
 
 
@@ -92,7 +87,7 @@ import jax.numpy as jnp, offstep
 with offstep.Checkpointer({str(tmp_path)!r}, takeover=True) as checkpointer:
     checkpointer.save(1000, {{"w": jnp.ones(3)}})
 """
-        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+        interpreters.run(["-c", code]).check_returncode()
 
     late = keras.callbacks.LambdaCallback(on_train_end=lambda logs: take_over())
     with pytest.warns(RuntimeWarning, match="another run has taken .* over: the backups are its own now"):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreters
 import pytest
 from keras_file_reader import assert_same, read_file
 
@@ -19,8 +18,7 @@ def run(action: str, kind: str, directory: Path) -> None:
     script = Path(__file__).with_name("distributed_run.py")
     flags = "" if kind == "one" else EIGHT_DEVICES
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax"}
-    command = [sys.executable, str(script), action, kind, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = interpreters.run([script, action, kind, directory], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -6,16 +6,17 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreters import Interpreter
 from orbax.checkpoint import v1
 from processes import PATIENCE_SECONDS, find_writers, open_files, wait_for_end, wait_until
 
@@ -54,14 +55,13 @@ checkpointer = offstep.Checkpointer(directory, **options)
 
 
 @contextmanager
-def running(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def running(script: str, *arguments: str) -> Iterator[Interpreter]:
     """A trainer in a process group of its own."""
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + script, *arguments],
+    trainer = Interpreter(
+        ["-c", PRELUDE + script, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
     try:
@@ -78,7 +78,7 @@ def run(script: str, *arguments: str) -> tuple[int, str, str]:
         return trainer.returncode, out, err
 
 
-def hear(trainer: subprocess.Popen[str]) -> str:
+def hear(trainer: Interpreter) -> str:
     assert trainer.stdout is not None
     line = trainer.stdout.readline().strip()
     if not line:
@@ -86,7 +86,7 @@ def hear(trainer: subprocess.Popen[str]) -> str:
     return line
 
 
-def tell(trainer: subprocess.Popen[str], text: str = "go") -> None:
+def tell(trainer: Interpreter, text: str = "go") -> None:
     assert trainer.stdin is not None
     trainer.stdin.write(text + "\n")
     trainer.stdin.flush()
@@ -385,8 +385,7 @@ checkpointer.save(2, state(2))
 sys.stdout.write("without an end of line, ")
 """
     before = "import atexit\natexit.register(print, 'registered earlier')\n"
-    command = [sys.executable, "-c", before + PRELUDE + script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = interpreters.run(["-c", before + PRELUDE + script, tmp_path])
     assert done.returncode == 1
     assert done.stdout == "without an end of line, registered later\nregistered earlier\n"
 
@@ -459,8 +458,7 @@ def test_a_save_after_the_waiting_at_exit_is_refused(tmp_path: Path) -> None:
 checkpointer.save(1, state(1))
 """
     early = "import atexit\natexit.register(lambda: checkpointer.save(2, state(2)))\n"
-    command = [sys.executable, "-c", early + PRELUDE + script, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = interpreters.run(["-c", early + PRELUDE + script, tmp_path])
     assert "a checkpoint cannot be saved any more: the interpreter is shutting down" in done.stderr
     assert_holds(tmp_path, [1])
 

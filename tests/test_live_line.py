@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import pytest
+from interpreters import Interpreter
 from screen import show_on_screen
 
 from offstep.live_line import LiveLine, NotebookLine, open_line
@@ -94,9 +95,7 @@ def test_the_line_does_not_change_all_the_time() -> None:
 def test_keras_s_progress_bar_stays_whole(tmp_path: Any) -> None:
     parent, child = pty.openpty()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=child, stderr=subprocess.STDOUT, env=environment
-    )
+    process = Interpreter(["-c", SCRIPT, tmp_path], stdout=child, stderr=subprocess.STDOUT, env=environment)
     os.close(child)
     written = b""
     while True:

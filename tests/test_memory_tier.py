@@ -8,12 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import keras
 import numpy as np
 import pytest
@@ -35,8 +35,7 @@ SCRIPT = Path(__file__).with_name("keep_in_memory.py")
 
 
 def run(directory: Path, batch: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(directory), str(batch)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    return interpreters.run([SCRIPT, directory, str(batch)], timeout=100)
 
 
 def test_a_killed_training_goes_on_from_memory_and_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import interpreters
 import jax
 import ml_dtypes
 import numpy as np
@@ -318,5 +320,6 @@ def test_shards_are_restored_and_resharded_on_several_devices(tmp_path: Path) ->
     layout = replace(layout, leaf=replace(layout.leaf, sharding=json.dumps(sharding)))
     step = save(tmp_path, 1, replace(plan, leaves=(layout,)), slot)
     flags = "--xla_force_host_platform_device_count=8"
-    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, str(step)], check=True, env=environment)
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = interpreters.run(["-c", ON_EIGHT_DEVICES, step], env=environment)
+    assert done.returncode == 0, done.stderr

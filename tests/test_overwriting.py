@@ -6,17 +6,17 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from interpreters import Interpreter
 from keras import layers
 from processes import wait_for_end
 
@@ -42,7 +42,7 @@ def make_model() -> Model:
 
 
 @contextmanager
-def overwriting(directory: Path, kind: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def overwriting(directory: Path, kind: str) -> Iterator[tuple[Interpreter, Path]]:
     """A trainer that overwrites one file, which exists already."""
     model = make_model()
     form = describe_form(model, live_arrays(model), kind, weights_only=False)
@@ -52,8 +52,7 @@ def overwriting(directory: Path, kind: str) -> Iterator[tuple[subprocess.Popen[s
     target = directory / "files" / f"best{SUFFIXES[kind]}"
     target.parent.mkdir()
     script = Path(__file__).with_name("overwrite_file.py")
-    command = [sys.executable, str(script), str(orders), str(target)]
-    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    trainer = Interpreter([script, orders, target], stdout=PIPE, start_new_session=True)
     try:
         yield trainer, target
     finally:

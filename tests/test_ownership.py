@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from failing_disk import Plan, fail_with
+from interpreters import Interpreter
 from orbax.checkpoint import v1
 from processes import find_writers, wait_for_end
 from runs import fit, make_model
@@ -42,9 +43,8 @@ checkpointer.close()
 
 
 @contextmanager
-def another_run(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", OTHER, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+def another_run(directory: Path) -> Iterator[Interpreter]:
+    with Interpreter(["-c", OTHER, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "saved\n"
         try:
@@ -53,7 +53,7 @@ def another_run(directory: Path) -> Iterator[subprocess.Popen[str]]:
             other.kill()
 
 
-def finish(other: subprocess.Popen[str]) -> str:
+def finish(other: Interpreter) -> str:
     return other.communicate("go\n", timeout=60)[0]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreters import Interpreter
 from processes import PATIENCE_SECONDS, wait_for_end
 from runs import iterations, list_steps, read_step
 
@@ -58,13 +58,12 @@ def train(ours, *others, **options):
 
 
 @contextmanager
-def running(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + script, *arguments],
+def running(script: str, *arguments: str) -> Iterator[Interpreter]:
+    trainer = Interpreter(
+        ["-c", PRELUDE + script, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
     try:
         yield trainer
@@ -73,14 +72,14 @@ def running(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         trainer.communicate()
 
 
-def hear(trainer: subprocess.Popen[str]) -> list[str]:
+def hear(trainer: Interpreter) -> list[str]:
     assert trainer.stdout is not None
     line = trainer.stdout.readline().split()
     assert line, trainer.communicate()[1]
     return line
 
 
-def send_sigterm(trainer: subprocess.Popen[str]) -> None:
+def send_sigterm(trainer: Interpreter) -> None:
     """Sends the signal to a trainer that waits for a line, which it gets after that."""
     trainer.send_signal(signal.SIGTERM)
     assert trainer.stdin is not None
@@ -88,7 +87,7 @@ def send_sigterm(trainer: subprocess.Popen[str]) -> None:
     trainer.stdin.flush()
 
 
-def end(trainer: subprocess.Popen[str]) -> tuple[int, str]:
+def end(trainer: Interpreter) -> tuple[int, str]:
     _, err = trainer.communicate(timeout=PATIENCE_SECONDS)
     return trainer.returncode, err
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import pytest
 
 
@@ -18,8 +17,7 @@ def run(kind: str, directory: Path, devices: int) -> dict[str, Any]:
         "JAX_PLATFORMS": "cpu",
         "KERAS_BACKEND": "jax",
     }
-    command = [sys.executable, str(Path(__file__).with_name("run_resharded.py")), kind, str(directory)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = interpreters.run([Path(__file__).with_name("run_resharded.py"), kind, directory], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

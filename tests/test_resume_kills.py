@@ -6,15 +6,15 @@ pytest tests/test_resume_kills.py -m campaign      20 kills in a row in each of 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import pytest
+from interpreters import Interpreter
 from processes import find_writers, wait_for_end
 from resume_digits import BATCHES, EPOCHS, MODES
 
@@ -76,7 +76,7 @@ def expected_result(mode: str) -> Any:  # JSON
 
 
 def run(mode: str, *arguments: Path) -> list[str]:
-    finished = subprocess.run(command(mode, *arguments), capture_output=True, text=True, check=False)
+    finished = interpreters.run([SCRIPT, mode, *arguments])
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.splitlines()
 
@@ -87,9 +87,7 @@ def run_until_killed(mode: str, directory: Path, count: int) -> list[str]:
 
     A training that ends before that is left alone: the next one then finds nothing to resume.
     """
-    with subprocess.Popen(
-        command(mode, directory), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as trainer:
+    with Interpreter([SCRIPT, mode, directory], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as trainer:
         assert trainer.stdout is not None
         assert trainer.stderr is not None
         lines = []
@@ -101,7 +99,3 @@ def run_until_killed(mode: str, directory: Path, count: int) -> list[str]:
     for writer in writers if mode != "memory" else []:
         wait_for_end(writer.pid)
     return lines
-
-
-def command(mode: str, *arguments: Path) -> list[str]:
-    return [sys.executable, str(SCRIPT), mode, *map(os.fspath, arguments)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fault_proxy import Proxy
+from interpreters import Interpreter
 from object_stores import Server, below, download, gs_only, list_objects, proxy, run, store, through
 from processes import wait_for_end, wait_until
 from runs import assert_same, fit, make_model, read_step
@@ -94,8 +93,7 @@ def test_a_snapshot_in_memory_is_durable_before_a_store_has_taken_its_copies(
     proxy.fail("black_hole", is_put)
     local, said = tmp_path / "run", tmp_path / "said"
     with said.open("wb") as out:
-        killed = subprocess.run([sys.executable, KEEP_IN_MEMORY, local, "7", run], stdout=out, check=False, timeout=100)
-    assert killed.returncode == -signal.SIGKILL
+        assert Interpreter([KEEP_IN_MEMORY, local, "7", run], stdout=out).wait(100) == -signal.SIGKILL
     wait_until(lambda: list_steps(local) == [4, 7])
     assert remote_steps(run) == []
     proxy.heal()
