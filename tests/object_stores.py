@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import fake_gcs
@@ -41,12 +44,12 @@ class Server:
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def store(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A store with an empty bucket, the keys for it in the environment."""
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         if request.param == "s3":
-            server = Server("s3", _start_seaweed(stack, tmp_path_factory.mktemp("seaweed")))
+            server = Server("s3", _find_seaweed())
             for name, value in seaweed.ENVIRONMENT.items():
                 patch.setenv(name, value)
             # It makes a bucket when something is put there.
@@ -62,11 +65,17 @@ s3_only = pytest.mark.parametrize("store", ["s3"], indirect=True)
 gs_only = pytest.mark.parametrize("store", ["gs"], indirect=True)  # the quicker one, where both are alike
 
 
-def _start_seaweed(stack: ExitStack, directory: Path) -> str:
-    try:
-        return stack.enter_context(seaweed.serve(directory))
-    except RuntimeError as error:
-        pytest.skip(f"NO S3 SERVER, so nothing of S3 is tested: {error}")
+@cache
+def _find_seaweed() -> str:
+    """Returns the endpoint of one server for the whole session."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seaweed-")))
+        try:
+            endpoint = stack.enter_context(seaweed.serve(directory))
+        except RuntimeError as error:
+            pytest.skip(f"NO S3 SERVER, so nothing of S3 is tested: {error}")
+        atexit.register(stack.pop_all().close)
+    return endpoint
 
 
 @pytest.fixture

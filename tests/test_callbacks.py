@@ -80,6 +80,14 @@ def bare(callback: Any, others: list[Any]) -> Any:
 
 
 DISPATCHES = (beside_nothing, beside_a_synchronous_one, bare)
+SYNCHRONOUS = (
+    "plain",
+    "remainder of an execution",
+    "generator with validation",
+    "stopped",
+    "warm-up",
+    "early stopping",
+)
 COUNTED = ("plain", "remainder of an execution", "generator of unknown size", "data that ends early", "later epochs")
 
 
@@ -151,7 +159,8 @@ def list_cases() -> list[Any]:  # of pytest
         if dispatch is bare and (save_freq == "epoch" or run != "plain"):
             continue  # nothing else than beside_nothing
         # Saves of epochs are made in the same hook whatever the dispatch.
-        is_double = save_freq == "epoch" and dispatch is beside_a_synchronous_one and run not in ("plain", "stopped")
+        singular = {"epoch": ("plain", "stopped"), 1: SYNCHRONOUS, 3: ("plain", "remainder of an execution")}
+        is_double = dispatch is beside_a_synchronous_one and run not in singular[save_freq]
         marks = [pytest.mark.campaign] if is_double else []
         cases.append(pytest.param(run, save_freq, dispatch, id=f"{run}-{save_freq}-{dispatch.__name__}", marks=marks))
     return cases
@@ -632,9 +641,15 @@ def make_scaling_accumulating() -> Any:  # an optimizer of Keras
     return keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
 
 
-@pytest.mark.parametrize("is_weights_only", [False, True])
-@pytest.mark.parametrize("executions", [1, 3])
-@pytest.mark.parametrize("make_optimizer", [make_scaling, make_accumulating, make_scaling_accumulating])
+def combine_optimizers() -> Iterator[Any]:  # of pytest
+    """Each optimizer, both ways to execute and to save are there; their other combinations are in the campaigns."""
+    makers = (make_scaling, make_accumulating, make_scaling_accumulating)
+    chosen = {(make_scaling, 1, False), (make_accumulating, 3, True), (make_scaling_accumulating, 1, False)}
+    for case in product(makers, (1, 3), (False, True)):
+        yield pytest.param(*case, marks=() if case in chosen else pytest.mark.campaign)
+
+
+@pytest.mark.parametrize(("make_optimizer", "executions", "is_weights_only"), list(combine_optimizers()))
 def test_steps_are_the_iterations_of_the_optimizer(
     make_optimizer: Callable[[], Any],
     executions: int,

@@ -36,10 +36,13 @@ KINDS: dict[str, Options] = {
     "keras": {},
     "h5": {},
 }
-LOADED_AT_ONCE = {
+SPREAD = {
     *("functional", "subclassed", "recurrent", "dropout_and_batch_norm", "mixed_bfloat16", "multi_optimizer"),
     *("scaled_loss", "with_assets", "saves_logarithms", "saves_transposed", "adapted_by_low_rank"),
 }
+all_files = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SPREAD else (pytest.mark.campaign,)) for name in zoo.FILES]
+)
 RENDERED = {"adapted_by_low_rank", "saves_logarithms", "saves_transposed"}
 
 
@@ -79,7 +82,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return save
 
 
-@pytest.mark.parametrize("name", zoo.FILES)
+@all_files
 def test_every_dataset_and_attribute_is_that_of_stock_keras(name: str, saved: Callable[[str], Path]) -> None:
     directory = saved(name)
     for suffix in ("weights.h5", "keras"):
@@ -135,11 +138,7 @@ def test_a_legacy_file_is_that_of_stock_keras(name: str, tmp_path: Path) -> None
     assert_same(read_file(tmp_path / "ours.h5"), read_file(tmp_path / "stock.h5"))
 
 
-# The files of the others are shown to be equal, and differ from these in no kind of thing.
-LOADED = [pytest.param(name, marks=() if name in LOADED_AT_ONCE else (pytest.mark.campaign,)) for name in zoo.FILES]
-
-
-@pytest.mark.parametrize("name", LOADED)
+@all_files
 def test_loaded_models_have_equal_states_and_predictions(name: str, saved: Callable[[str], Path]) -> None:
     directory = saved(name)
     states, predictions = [], []

@@ -346,6 +346,18 @@ FILES: Mapping[str, Callable[[], Model]] = ZOO | {
     for build in (names_its_variables, saves_logarithms, saves_transposed, einsum, quantized, empty_layers)
 }
 """More models whose files are special, or whose directories stock Keras cannot load."""
+SPREAD = (
+    "dropout_and_batch_norm",
+    "sequential_built_by_fit",
+    "subclassed",
+    "nested",
+    "mixed_bfloat16",
+    "scaled_loss",
+    "frozen_before_built",
+    "unregistered_layer",
+    "with_assets",
+)
+"""A third of the zoo, of each kind one. The tests of the others are campaigns."""
 
 CUSTOM_OBJECTS = {"Shift": Shift, "double_error": double_error}
 
