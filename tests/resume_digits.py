@@ -1,6 +1,6 @@
 """Trains on digits with a backup; started again by the same command until it is finished.
 
-python resume_digits.py MODE DIRECTORY      MODE is a key of MODES; without DIRECTORY there is no backup
+python resume_digits.py MODE EPOCHS DIRECTORY      MODE is a key of MODES; without DIRECTORY there is no backup
 Prints a line before each batch; then the digests of all that the training has left, as JSON.
 """
 
@@ -22,7 +22,6 @@ from sklearn.datasets import load_digits
 from offstep import BackupAndRestore
 
 BATCHES = 12
-EPOCHS = 6
 
 MODES: dict[str, dict[str, Any]] = {
     "epoch": {"save_freq": "epoch"},
@@ -59,7 +58,7 @@ def build_model(steps_per_execution: int = 1, gradient_accumulation_steps: int |
     return model
 
 
-def train(mode: str, directory: str | None) -> dict[str, Any]:
+def train(mode: str, epochs: int, directory: str | None) -> dict[str, Any]:
     digits = load_digits()
     images, labels = (digits.images / 16.0).astype("float32")[..., np.newaxis], digits.target
     options = dict(MODES[mode])
@@ -72,7 +71,7 @@ def train(mode: str, directory: str | None) -> dict[str, Any]:
         images[:384],
         labels[:384],
         batch_size=32,
-        epochs=EPOCHS,
+        epochs=epochs,
         validation_data=(images[400:500], labels[400:500]),
         callbacks=[*backup, early, reduce, Announce()],
         verbose=0,
@@ -94,4 +93,5 @@ def digest(parts: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)), flush=True)
+    mode, epochs, *directories = sys.argv[1:]
+    print(json.dumps(train(mode, int(epochs), next(iter(directories), None))), flush=True)

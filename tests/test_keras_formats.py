@@ -350,7 +350,8 @@ def test_a_model_that_keras_cannot_save_fails_the_save(tmp_path: Path) -> None:
         pytest.raises(SaveFailed, match="it is not to be saved"),
     ):
         fit(model, [ModelCheckpoint(tmp_path / "a.weights.h5", save_weights_only=True)], epochs=1)
-    assert os.listdir(tmp_path) == []
+    left = [name for name in os.listdir(tmp_path) if not name.startswith(".offstep-lock")]  # a run's, while it lives
+    assert left == []
 
 
 def test_a_loop_driven_by_hand_leaves_the_files_of_stock_keras(tmp_path: Path) -> None:
