@@ -58,6 +58,8 @@ def make_saver(directory: Path, options: dict[str, Any]) -> list[Any]:
         return [BackupAndRestore(directory / "root", **arguments)]
     if options.get("saver") == "checkpoint":
         filepath = options.get("filepath", directory / "root" / "{step}")
+        if options.get("has_tiers"):
+            arguments = arguments | {"local": directory / "root"}
         return [ModelCheckpoint(filepath, resume=True, **arguments)]
     return []
 

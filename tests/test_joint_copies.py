@@ -168,17 +168,22 @@ class Disks:
             job = self._make_job("orbax_directory", target=source, base=directory, root=source.parent)
             with mmap.mmap(-1, plan.slot_bytes) as slot:
                 fill_slot(slot, plan, self.arrays)
-                FORMATS["orbax_directory"].write(job, FORMATS["orbax_directory"].prepare(plan, None), slot, {})
+                with mmap.mmap(-1, 8) as extra:
+                    extra[:] = b"extra %02d" % process
+                    attached = {"offstep-extra": extra, "offstep-extra.large": extra}
+                    FORMATS["orbax_directory"].write(
+                        job, FORMATS["orbax_directory"].prepare(plan, None), slot, attached
+                    )
 
-    def _make_job(self, form: str, *, number: int = 1, **places: Path) -> Job:
+    def _make_job(self, form: str, *, number: int = 1, **places: Any) -> Job:
         key, about = "offstep/copy/0123abcd/1/5/1", {"step": 5, "metrics": {}, "run": "0123abcd", "number": number}
         job = Job(1, 5, form, self.target, self.root, self.root, 1, 1, "tag", manifest=about, key=key)
         return replace(job, **{name: str(place) for name, place in places.items()})
 
-    def copy(self, process: int, *, number: int = 1) -> Share:
+    def copy(self, process: int, **changes: Any) -> Share:
         plan = self._shares.plan(process, has_all_counters=False)
         prepared = FORMATS["orbax_share_copy"].prepare(plan, {"process": process, "commits": process == 0})
-        job = self._make_job("orbax_share_copy", number=number, source=self.sources[process])
+        job = self._make_job("orbax_share_copy", **{"source": self.sources[process]} | changes)
         with mmap.mmap(-1, mmap.PAGESIZE) as nothing:
             share = FORMATS["orbax_share_copy"].write(job, prepared, nothing, {})
         assert isinstance(share, Share)
@@ -213,13 +218,18 @@ def test_each_disk_gives_its_share_in_pieces_and_what_both_have_is_there_once(ru
     written = manifest.read(open_place(below(run, "5")))
     assert written is not None
     assert written.nonfinite == 1
+    for process, name in enumerate(("offstep-extra", "offstep-extra.process_1")):
+        for end in ("", ".large"):
+            assert (open_place(below(run, "5")) / (name + end)).read_bytes() == b"extra %02d" % process
 
 
 @gs_only
-def test_a_step_that_was_saved_again_meanwhile_or_is_damaged_is_not_copied(run: str, tmp_path: Path) -> None:
+def test_what_was_saved_again_or_is_damaged_or_has_no_place_to_go_is_not_copied(run: str, tmp_path: Path) -> None:
     disks = Disks(tmp_path, run, scale=64)
     with pytest.raises(FileNotFoundError, match="has been saved again"):
         disks.copy(0, number=2)
+    with pytest.raises(FileNotFoundError, match=r"no such bucket|not found|404"):
+        disks.copy(0, target=disks.target.replace("gs://", "gs://not-"))
     index = disks.sources[1] / "pytree" / "manifest.ocdbt"
     index.write_bytes(index.read_bytes()[:-1])
     with pytest.raises(offstep.CheckpointDamaged):

@@ -6,6 +6,7 @@ pytest tests/test_joint_resume.py -m campaign      ten kills in a row, two and f
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from functools import cache
 from pathlib import Path
@@ -196,6 +197,36 @@ def test_a_download_of_the_bucket_is_gone_on_from(run: str, tmp_path: Path, else
     run_until_killed(2, tmp_path, options | {"filepath": below(run, "{step}"), "settles_at": 8}, 9)
     download(run, tmp_path / "root")
     assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
+
+
+@gs_only
+@pytest.mark.campaign
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("loser", [0, 1, None])
+def test_so_they_do_from_the_bucket_behind_their_disks_when_one_is_lost(
+    loser: int | None, run: str, tmp_path: Path, elsewhere: Path
+) -> None:
+    options = {
+        "kind": "model",
+        "saver": "checkpoint",
+        "arguments": {"save_freq": 1, "layout": "local", "local_max_to_keep": 3},
+        "filepath": below(run, "{step}"),
+        "is_on_hosts": True,
+        "has_tiers": True,
+    }
+    run_until_killed(2, tmp_path, options | {"settles_at": 8}, 9)
+    copied = catalog.list_steps(open_place(run))[-1]
+    assert 7 <= copied < 10, "in mid-epoch"
+    extras = {path.name for path in (open_place(run) / str(copied)).iterdir() if path.name.startswith("offstep-extra")}
+    assert extras == {"offstep-extra", "offstep-extra.process_1"}
+    if loser is not None:
+        shutil.rmtree(tmp_path / f"host_{loser}")
+    told = joint.run(SCRIPT, 2, tmp_path, **options)
+    for number, (report, whole) in enumerate(zip(told, run_whole(2, "model", elsewhere), strict=True)):
+        assert report | {"said": []} == whole
+        is_said = loser is not None and number != loser and len(report["said"]) > 0
+        assert report["said"] == [] or (is_said and "not all processes have it" in report["said"][0]), report["said"]
+    assert offstep.verify(run).ok
 
 
 @gs_only

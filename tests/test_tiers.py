@@ -125,7 +125,6 @@ def test_a_copy_is_cut_in_pieces_and_holds_what_earlier_steps_wrote(run: str, tm
     [
         ({"upload_every": 2}, "upload_every copies from a first tier"),
         ({"local": "s3://bucket/b"}, "local must be a directory of this machine"),
-        ({"local": "run", "layout": "local", "resume": True}, "what each has to know again is not copied"),
         ({"local": "run", "upload_every": 0}, "upload_every must be None or an integer of at least 1"),
         ({"local": "run", "filepath": "ckpts/{step}"}, "filepath is the address of the steps in a store"),
         ({"local": "run", "filepath": "gs://bucket/best.keras"}, "filepath is the address of the steps in a store"),

@@ -177,11 +177,6 @@ class ModelCheckpoint(HookedCheckpoint):
         retention.check_counts(max_to_keep=max_to_keep, keep_best=keep_best, keep_every=keep_every)
         retention.check_counts(max_to_keep=local_max_to_keep, keep_best=None, keep_every=None)
         filepath, self._second_tier = make_tiers(os.fspath(filepath), local, upload_every, max_to_keep)
-        if self._second_tier is not None and layout == "local" and resume:
-            raise ValueError(
-                "from disks of the processes' own, what each has to know again is not copied into a store: restore "
-                f"the model instead. Received: resume=True with layout='local' and {local=!s}"
-            )
         own_keep = max_to_keep if self._second_tier is None else local_max_to_keep
         self._max_to_keep, self._keep_best, self._keep_every = own_keep, keep_best or 1, keep_every
         self._has_own_disk = layout == "local"

@@ -6,23 +6,23 @@ import glob
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from offstep import attachments, catalog, keras_state, memory_tier, policy
+from offstep import attachments, catalog, keras_state, manifest, memory_tier, policy
 from offstep.attachments import Value
-from offstep.coordination import PRIMARY, Group, Json, find_group, list_common
+from offstep.coordination import PRIMARY, Group, find_group
 from offstep.discovery import list_newest_of, place_tiers
 from offstep.errors import CheckpointNotFound, StructureMismatch
 from offstep.formats.slot_reader import SlotReader
 from offstep.holders import spans_processes
+from offstep.joint_discovery import agree_on_choices, name_saves
 from offstep.restoration import restore, restore_from
 from offstep.stores.address import is_address, split_query
-from offstep.stores.path import Readable, open_place
+from offstep.stores.path import Readable, StorePath, open_place
 
 Model = Any  # Keras carries no types
 Event = Literal["train_batch_begin", "train_batch_end", "test_begin", "epoch_end"]
@@ -103,6 +103,11 @@ class Trainers:
         is_plain = self.group is None or self.group.index == PRIMARY or self.have_own_disks
         return EXTRA_NAME if is_plain or self.group is None else f"{EXTRA_NAME}.process_{self.group.index}"
 
+    def find_extra_name(self, checkpoint: Readable) -> str:
+        """Returns the name of that file in a checkpoint: a copy in a store has those of all processes."""
+        is_copy = self.have_own_disks and isinstance(checkpoint, StorePath)
+        return replace(self, have_own_disks=False).extra_name if is_copy else self.extra_name
+
     def meet(self) -> None:
         """Waits until all have come here.
 
@@ -169,10 +174,12 @@ def find_saved_fit(
     if trainers.group is None:
         checkpoints = find_checkpoints(filepath, upload)
         return _read_inherited(filepath, checkpoints, model, tell, say) or _read_newest(checkpoints, model, tell)
-    # Beside several, only the primary looks: it has the lock, so that nothing becomes durable meanwhile.
-    may_look = trainers.have_own_disks or trainers.group.index == PRIMARY
-    look = partial(find_checkpoints, filepath, upload) if may_look else list
-    return _read_together(trainers.group, trainers, look, model, tell)
+    group, key = trainers.group, _next_key()
+    if trainers.have_own_disks:
+        agreed = _agree_on_own(group, key, filepath, upload, tell)
+    else:
+        agreed = _agree_on_shared(group, key, filepath, upload)
+    return _read_together(group, key, trainers, agreed, model, tell)
 
 
 def _read_newest(checkpoints: Sequence[Readable], model: Model, tell: Tell) -> SavedFit | None:
@@ -222,21 +229,50 @@ def _refuse_all(checkpoints: Sequence[Readable]) -> None:
 # ------------------------------------------------------------------------------------------- several processes together
 
 
+def _agree_on_shared(group: Group, key: str, filepath: str, upload: str | None) -> list[Readable]:
+    """Returns what the primary finds: it has the lock, so that nothing becomes durable meanwhile."""
+    said = _look(filepath, upload) if group.index == PRIMARY else {}
+    agreed = group.agree(key, said, lambda said: said[PRIMARY])
+    if agreed["failure"]:
+        raise OSError(f"it is not known what can be resumed from: process {PRIMARY}: {agreed['failure']}")
+    return [open_place(name) for name in agreed["names"]]
+
+
+def _look(filepath: str, upload: str | None) -> dict[str, Any]:
+    """Returns what there is, or what the others are to be told of why that is not known."""
+    try:
+        return {"names": [str(path) for path in find_checkpoints(filepath, upload)], "failure": None}
+    except OSError as error:
+        return {"names": [], "failure": str(error)}
+
+
+def _agree_on_own(group: Group, key: str, filepath: str, upload: str | None, tell: Tell) -> list[Readable]:
+    """Returns the steps that all have on disks of their own, and those that were copied from there into a store."""
+    own = _find_own(filepath, tell)
+    store = None if upload is None else open_place(upload)
+    written = {step: found for step, path in own.items() if (found := manifest.read(path)) is not None}
+    choices = agree_on_choices(group, key, name_saves(written, None if store is None else group.count), store)
+    if own and not choices:
+        root = own[max(own)].parent
+        tell(f"{root} has checkpoints, but none that all {group.count} processes have: training begins anew")
+    if own and choices and not choices[0].is_own and max(own) > choices[0].step:
+        newest = f"step {choices[0].step} of the store is the newest"
+        tell(f"{own[max(own)]} is passed over, not all processes have it: {newest} that they can go on from")
+    return [own[step] if is_own or store is None else store / str(step) for is_own, step in choices]
+
+
+def _find_own(filepath: str, tell: Tell) -> dict[int, Readable]:
+    try:
+        return {int(path.name): path for path in reversed(find_checkpoints(filepath))}
+    except OSError as error:  # then it is as if this process had none; the others wait to hear that
+        tell(f"The disk of this process cannot be read: {error}")
+        return {}
+
+
 def _read_together(
-    group: Group, trainers: Trainers, look: Callable[[], Sequence[Readable]], model: Model, tell: Tell
+    group: Group, key: str, trainers: Trainers, checkpoints: Sequence[Readable], model: Model, tell: Tell
 ) -> SavedFit | None:
-    """Reads the newest of those that all have, or that the primary names, which all can read."""
-    key = _next_key()
-    own, trouble = _look(look)
-    by_name = {(path.name if trainers.have_own_disks else str(path)): path for path in reversed(own)}
-    names = list(by_name)[::-1]
-    choose = list_common if trainers.have_own_disks else lambda said: said[PRIMARY]
-    agreed = group.agree(key, {"names": names, "failure": trouble}, partial(_choose, choose))
-    if isinstance(agreed, str):
-        raise OSError(f"it is not known what can be resumed from: {agreed}")
-    if own and not agreed:
-        tell(f"{own[0].parent} has checkpoints, but none that all {group.count} processes have: training begins anew")
-    checkpoints = [by_name.get(name) or open_place(name) for name in agreed]
+    """Reads the first one that all can read."""
     for number, path in enumerate(checkpoints):
         found, failure = _try_to_read(path, model, trainers)
         failures = group.agree(f"{key}/read-{number}", failure, lambda said: said)
@@ -251,20 +287,6 @@ def _read_together(
     return None
 
 
-def _look(look: Callable[[], Sequence[Readable]]) -> tuple[Sequence[Readable], str | None]:
-    """Returns what there is, or what the others are to be told of why that is not known."""
-    try:
-        return look(), None
-    except OSError as error:
-        return [], str(error)
-
-
-def _choose(choose: Callable[[list[Json]], Json], said: list[Json]) -> Json:
-    """Returns the names to be tried, or the text of a failure."""
-    failures = (f"process {process}: {each['failure']}" for process, each in enumerate(said) if each["failure"])
-    return next(failures, None) or choose([each["names"] for each in said])
-
-
 def _next_key() -> str:
     return f"offstep/resume/{next(_meetings)}"
 
@@ -272,7 +294,7 @@ def _next_key() -> str:
 def _try_to_read(path: Readable, model: Model, trainers: Trainers) -> tuple[SavedFit | None, dict[str, Any] | None]:
     """Returns what was read, or what the others are to be told of why not."""
     try:
-        return read_saved_fit(path, model, trainers.extra_name), None
+        return read_saved_fit(path, model, trainers.find_extra_name(path)), None
     except (OSError, ValueError) as error:
         return None, {"text": str(error), "is_mismatch": isinstance(error, StructureMismatch)}
 

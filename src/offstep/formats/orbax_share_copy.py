@@ -8,11 +8,11 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from offstep import manifest
+from offstep._native import crc32c
 from offstep.errors import CheckpointDamaged
 from offstep.finiteness import count_nonfinite
 from offstep.formats.ocdbt import SlotRange
@@ -20,9 +20,12 @@ from offstep.formats.ocdbt_index import FileRange, read_index
 from offstep.formats.orbax_directory import STATE, ArrayItem
 from offstep.formats.orbax_objects import PIECE_BYTES, cut_slot
 from offstep.formats.orbax_share_objects import PreparedShare, put_pieces
+from offstep.manifest import FileRecord, Manifest
 from offstep.records import Job, Share
 from offstep.stores.address import parse_address
 from offstep.stores.staging import Parts
+
+_ATTACHED_PREFIX = "offstep-"
 
 
 class _Chunk(NamedTuple):
@@ -42,24 +45,53 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
         OSError: the share is not in the store as a whole; what is there has been deleted, as far as that can be.
     """
     source = Path(job.source)
-    _check_source(source, job)
-    if prepared.item is None:
-        return Share(0, {"pieces": [], "files": {}, "nonfinite": 0})
-    file, chunks = _find_chunks(source / STATE, prepared.item)
-    with ExitStack() as stack:
-        opened = stack.enter_context((source / STATE / file).open("rb"))
-        pages = stack.enter_context(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-        view = stack.enter_context(memoryview(pages))
+    attached = _read_attached(source, _read_manifest(source, job), prepared.process)
+    pieces: list[Parts] = []
+    nonfinite = 0
+    if prepared.item is not None:
+        file, chunks = _find_chunks(source / STATE, prepared.item)
+        view = _map(source / STATE / file)
         nonfinite = _count(view, prepared, chunks)
-        sizes = put_pieces(job, parse_address(job.target), prepared, list(_cut(prepared.item, chunks, view)))
-    return Share(sum(sizes), {"pieces": sizes, "files": {}, "nonfinite": nonfinite})
+        pieces += _cut(prepared.item, chunks, view)
+    sizes = put_pieces(job, parse_address(job.target), prepared, [*pieces, *attached.values()])
+    records = manifest.record_files(attached)
+    files = {name: (record.size, record.crc32c) for name, record in records.items()}
+    return Share(sum(sizes), {"pieces": sizes[: len(pieces)], "files": files, "nonfinite": nonfinite})
 
 
-def _check_source(source: Path, job: Job) -> None:
+def _map(path: Path) -> memoryview:
+    """Maps a file; it is unmapped with its last view, of which the traceback of an error may have some."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _read_manifest(source: Path, job: Job) -> Manifest:
     """A step that has been saved again meanwhile may be another one than the other processes copy."""
     written = manifest.read(source)
     if written is None or (written.run, written.number) != (job.manifest["run"], job.manifest["number"]):
         raise FileNotFoundError(2, "the step is there no more, or has been saved again", job.source)
+    return written
+
+
+def _read_attached(source: Path, written: Manifest, process: int) -> dict[str, Parts]:
+    """Returns what lies beside the arrays, by the names that it has where all processes save together."""
+    names = [name for name in written.files if name.startswith(_ATTACHED_PREFIX)]
+    return {_name_attached(name, process): (_read_checked(source / name, written.files[name]),) for name in names}
+
+
+def _name_attached(name: str, process: int) -> str:
+    if process == 0:
+        return name
+    stem, dot, rest = name.partition(".")
+    return f"{stem}.process_{process}{dot}{rest}"
+
+
+def _read_checked(path: Path, record: FileRecord) -> bytes:
+    content = path.read_bytes()
+    # One that has no checksum in the manifest has its own, which whoever reads it checks.
+    if len(content) != record.size or record.crc32c not in (None, crc32c(content)):
+        raise CheckpointDamaged(f"{path} is not what was saved")
+    return content
 
 
 def _find_chunks(database: Path, item: ArrayItem) -> tuple[str, list[_Chunk]]:
