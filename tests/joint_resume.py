@@ -55,7 +55,7 @@ class Tally(keras.callbacks.Callback):
 def make_saver(directory: Path, options: dict[str, Any]) -> list[Any]:
     arguments = options.get("arguments", {})
     if options.get("saver") == "backup":
-        return [BackupAndRestore(directory / "root", **arguments)]
+        return [BackupAndRestore(options.get("backup_dir", directory / "root"), **arguments)]
     if options.get("saver") == "checkpoint":
         filepath = options.get("filepath", directory / "root" / "{step}")
         if options.get("has_tiers"):

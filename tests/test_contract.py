@@ -411,8 +411,8 @@ def test_an_address_is_refused_rather_than_taken_for_a_directory(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="Received: " + re.escape(filepath)):
         ModelCheckpoint(filepath)
-    with pytest.raises(ValueError, match=r"local or mounted file system\. Received: backup_dir=gs://bucket/b"):
-        BackupAndRestore("gs://bucket/b")
+    with pytest.raises(ValueError, match=r"layout='local' is for disks, .*\. Received: gs:"):
+        BackupAndRestore("gs://bucket/b", layout="local")
     with pytest.raises(ValueError, match="Received: file:///tmp/x"):
         Checkpointer("file:///tmp/x")
     assert not list(tmp_path.iterdir())

@@ -15,9 +15,9 @@ from typing import Any
 import joint
 import pytest
 from fault_proxy import Proxy
-from object_stores import Server, below, download, gs_only, proxy, run, s3_only, store, through
+from object_stores import Server, below, download, gs_only, list_objects, proxy, run, s3_only, store, through
 from processes import wait_for_end
-from test_store_faults import is_listing
+from test_store_faults import is_probe
 
 import offstep
 from offstep import catalog
@@ -195,7 +195,8 @@ def test_another_number_of_processes_begins_the_epoch_again_from_a_bucket(now: i
 def test_a_download_of_the_bucket_is_gone_on_from(run: str, tmp_path: Path, elsewhere: Path) -> None:
     options = {"kind": "model", **FREQUENT}
     run_until_killed(2, tmp_path, options | {"filepath": below(run, "{step}"), "settles_at": 8}, 9)
-    download(run, tmp_path / "root")
+    newest = str(catalog.list_steps(open_place(run))[-1])
+    download(below(run, newest), tmp_path / "root" / newest)
     assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
 
 
@@ -231,9 +232,9 @@ def test_so_they_do_from_the_bucket_behind_their_disks_when_one_is_lost(
 
 @gs_only
 @pytest.mark.campaign
-def test_all_are_told_that_the_bucket_cannot_be_listed(proxy: Proxy, store: Server, run: str, tmp_path: Path) -> None:
+def test_all_are_told_that_nobody_may_read_the_bucket(proxy: Proxy, store: Server, run: str, tmp_path: Path) -> None:
     options = {"kind": "model", **FREQUENT, "filepath": below(through(proxy, store, run), "{step}")}
-    proxy.fail("403", is_listing)
+    proxy.fail("403", lambda method, path: method == "GET" and not is_probe(path))
     trainers = joint.start(SCRIPT, 2, tmp_path, [options] * 2)
     try:
         for trainer in reversed(trainers):
@@ -244,3 +245,15 @@ def test_all_are_told_that_the_bucket_cannot_be_listed(proxy: Proxy, store: Serv
     for trainer in trainers:
         assert trainer.status != 0
         assert "it is not known what can be resumed from: process 0: " in trainer.errors
+
+
+@gs_only
+@pytest.mark.campaign
+def test_a_backup_in_a_bucket_is_gone_on_from_and_deleted_when_all_have_ended(
+    run: str, tmp_path: Path, elsewhere: Path
+) -> None:
+    options = {"kind": "model", "saver": "backup", "arguments": {"save_freq": 1}, "backup_dir": run}
+    run_until_killed(2, tmp_path, options, 9)
+    assert list_objects(run)
+    assert_same(joint.run(SCRIPT, 2, tmp_path, **options), 2, "model", elsewhere)
+    assert list_objects(run) == []

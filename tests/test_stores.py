@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import interrupted
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -133,6 +135,34 @@ def test_training_resumes_from_a_bucket(run: str) -> None:
     fit(model, [], epochs=2)
     assert_same(resumed, read_state(model))
     assert json.loads(open_place(below(run, "12/offstep.json")).read_bytes())["step"] == 12
+
+
+@gs_only
+def test_a_training_goes_on_from_its_backup_in_a_bucket_which_is_deleted_at_the_end(run: str) -> None:
+    def back_up() -> list[Any]:
+        return [offstep.BackupAndRestore(run, save_freq=1)]
+
+    expected = interrupted.train(list)
+    store = Store(parse_address(run))
+    notes = (parse_address(run) / "99" / "notes.txt").key
+    store.put(notes, b"somebody else's")
+    actual = interrupted.train(back_up, [interrupted.Interrupt(3), interrupted.Interrupt(5)])
+    assert actual.attempts == 3
+    interrupted.assert_equal(actual, replace(expected, decisions=actual.decisions))
+    assert list_objects(run) == ["99/notes.txt"]
+
+
+@gs_only
+def test_what_is_no_checkpoint_is_neither_replaced_nor_swept(run: str) -> None:
+    place = parse_address(run)
+    theirs, left = ("4/pytree.csv", "5/2024/sales.csv"), "4/pytree/d/" + 32 * "a"
+    for name in (*theirs, left):
+        Store(place).put((place / name).key, b"a, b")
+    with offstep.Checkpointer(run, max_to_keep=1) as checkpointer:
+        with pytest.raises(offstep.SaveFailed, match="an object that is of no checkpoint has the name of this step"):
+            checkpointer.save(5, {"w": jnp.zeros(3)}).wait()
+        checkpointer.save(6, {"w": jnp.zeros(3)}).wait()
+    assert {name for name in list_objects(run) if not name.startswith("6/")} == set(theirs)
 
 
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])

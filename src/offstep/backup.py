@@ -17,6 +17,8 @@ from offstep.cards import describe_saves, make_card
 from offstep.holders import own_path
 from offstep.keras_hooks import has_own_hooks
 from offstep.options import Layout, Mode, OnBusy, OnError
+from offstep.stores.address import Address, Place, split_query, to_place
+from offstep.stores.path import StorePath, open_place
 
 Logs = Mapping[str, Any]  # floats, or whatever another callback put there
 
@@ -30,7 +32,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
     other callbacks know. What cannot be continued exactly is told once, in a warning.
 
     Args:
-        backup_dir: Directory of the backups. It belongs to this callback alone.
+        backup_dir: Directory of the backups, or its address in a store. It belongs to this callback alone.
         save_freq: `"epoch"`, a number of batches, or `False` to restore only.
         double_checkpoint: Keep the backup before the newest too.
         delete_checkpoint: Delete the backups when the training is finished.
@@ -81,11 +83,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         self.delete_checkpoint = delete_checkpoint
         self.backup_dir = os.fspath(backup_dir)
         self._has_own_disk = layout == "local"
-        self._directory = self._find_directory()  # fixed when training begins, whatever the working directory is later
+        self._place = self._find_place()  # fixed when training begins, whatever the working directory is later
         self._current_epoch = 0
         self._last_batch_seen = 0
         self._saver = ModelCheckpoint(
-            os.path.join(_escape(self.backup_dir), "{step}"),
+            _make_template(self.backup_dir),
             monitor="",  # a backup is the newest, and no other stays beside it because it was better
             mode="min",
             save_freq=save_freq or _NEVER,
@@ -130,7 +132,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         """Reads the newest backup, if there is one."""
-        self._directory = self._find_directory().absolute()
+        place = self._find_place()
+        self._place = place.absolute() if isinstance(place, Path) else place
         self._saver.on_train_begin(logs)
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -163,15 +166,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
         Of several processes each waits for all others first: one that is started again needs the backups.
         """
         is_locked = self._saver.writes_common
-        with _locked(self._directory) if is_locked else nullcontext(lambda: False) as is_ours:
+        with _locked(self._place) if is_locked else nullcontext(lambda: False) as is_ours:
             self._saver.on_train_end(logs)
             if self.delete_checkpoint and self._saver.have_all_ended() and is_ours():
-                _delete(self._directory)
+                _delete(self._place)
                 if self._has_own_disk:
                     _delete_if_empty(Path(self.backup_dir))
 
-    def _find_directory(self) -> Path:
-        return Path(own_path(self.backup_dir) if self._has_own_disk else self.backup_dir)
+    def _find_place(self) -> Place:
+        return to_place(own_path(self.backup_dir) if self._has_own_disk else self.backup_dir)
 
     def get_state(self) -> dict[str, Any]:
         """Returns what a resumed training has to know of this callback."""
@@ -202,8 +205,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):  # type: ignore[misc] 
 
     def _find(self, age: int, file: str) -> str:
         self._saver.wait_until_finished()
-        steps = [0, 0, *catalog.list_steps(self._directory)]
-        return os.path.join(self._directory, str(steps[-1 - age]), file)
+        steps = [0, 0, *catalog.list_steps(open_place(self._place))]
+        return str(self._place / str(steps[-1 - age]) / file)
 
 
 _NEVER = 1 << 62
@@ -212,7 +215,6 @@ _NEVER = 1 << 62
 def _check(backup_dir: str | os.PathLike[str], save_freq: object) -> None:
     if not backup_dir:
         raise ValueError(f"Empty `backup_dir` argument passed. Received: backup_dir={backup_dir!r}")
-    policy.refuse_remote(os.fspath(backup_dir), "backup_dir")
     if save_freq != "epoch" and not isinstance(save_freq, int):
         raise ValueError(
             f"Invalid value for argument `save_freq`. Received: save_freq={save_freq}. "
@@ -220,13 +222,21 @@ def _check(backup_dir: str | os.PathLike[str], save_freq: object) -> None:
         )
 
 
-def _escape(directory: str) -> str:
-    return directory.replace("{", "{{").replace("}", "}}")
+def _make_template(backup_dir: str) -> str:
+    plain, options = split_query(backup_dir)
+    escaped = plain.rstrip("/").replace("{", "{{").replace("}", "}}")
+    return f"{escaped}/{policy.STEP_FIELD}{options}"
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[Callable[[], bool]]:
-    """Keeps the directory for this process beyond the end of its saves; yields whether it still is ours."""
+def _locked(directory: Place) -> Iterator[Callable[[], bool]]:
+    """Keeps the directory for this process beyond the end of its saves; yields whether it still is ours.
+
+    A store has no locks: whose a prefix is, the user says.
+    """
+    if isinstance(directory, Address):
+        yield lambda: True
+        return
     if not directory.is_dir():
         yield lambda: False
         return
@@ -251,8 +261,26 @@ def _delete_if_empty(directory: Path) -> None:
             commit.remove_directory(directory)
 
 
-def _delete(directory: Path) -> None:
+def _delete(place: Place) -> None:
     """Deletes the backups, damaged ones too, and the directory if nothing else is in it; it is locked."""
+    if isinstance(place, Address):
+        _delete_objects(place)
+    else:
+        _delete_directory(place)
+
+
+def _delete_objects(place: Address) -> None:
+    """Deletes the backups in a store, as far as it lets that happen: that is no reason for `fit` to fail now."""
+    root = StorePath(place)
+    try:
+        for step in catalog.named_steps(root):
+            (root / str(step)).remove_own()
+    except OSError as error:
+        text = f"the training is finished, but its backups could not be deleted: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _delete_directory(directory: Path) -> None:
     for path in (directory / str(step) for step in catalog.named_steps(directory)):
         with suppress(FileExistsError):  # what is no checkpoint is somebody else's
             commit.refuse_foreign(path)

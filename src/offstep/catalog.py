@@ -137,11 +137,13 @@ def is_unfinished(checkpoint: Readable) -> bool:
     return isinstance(checkpoint, StorePath) and not (checkpoint / MARKER_NAME).is_file()
 
 
-def abandoned(root: Readable, newest: int) -> list[Readable]:
+def abandoned(root: Readable, newest: int) -> list[StorePath]:
     """Returns the attempts in a store that nobody has committed, of steps before one that was: their writers died.
 
     The caller has the root for itself, and attempts no other step now.
     """
+    if not isinstance(root, StorePath):
+        return []
     attempts = (root / str(step) for step in named_steps(root) if step < newest)
     return [attempt for attempt in attempts if is_unfinished(attempt)]
 

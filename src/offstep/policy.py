@@ -12,8 +12,6 @@ from numbers import Real
 from string import Formatter
 from typing import Literal
 
-from offstep.stores.address import is_address
-
 TargetKind = Literal["steps", "single"]
 FrequencyUnit = Literal["epochs", "batches", "seconds"]
 
@@ -303,12 +301,6 @@ def format_of(filepath: str, *, weights_only: bool = True) -> str:
         if filepath.endswith(suffix):
             return "keras_legacy" if name == "keras_weights" and not weights_only else name
     return "orbax_directory"
-
-
-def refuse_remote(path: str, name: str) -> None:
-    """Raises a `ValueError` if `path`, the argument `name`, is the address of a store rather than of a file."""
-    if is_address(path):
-        raise ValueError(f"it must be in a local or mounted file system. Received: {name}={path}")
 
 
 def _parse(text: str, filepath: str) -> tuple[_Piece, ...]:

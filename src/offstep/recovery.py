@@ -23,7 +23,7 @@ def recover(root: Path) -> None:
 
 
 def sweep_store(root: Address, is_spared: Callable[[str], bool]) -> None:
-    """Deletes what dead runs left of steps in a store that were never committed.
+    """Deletes what dead runs left of steps in a store that were never committed; what is not theirs stays.
 
     Args:
         root: Of the steps.
@@ -36,7 +36,7 @@ def sweep_store(root: Address, is_spared: Callable[[str], bool]) -> None:
     for step in catalog.named_steps(place):
         attempt = place / str(step)
         if catalog.is_unfinished(attempt):
-            attempt.remove(is_spared)
+            attempt.remove_own(is_spared)
 
 
 def hold(lock_path: Path, *, takeover: bool, policy: ownership.Policy | None = None) -> ownership.Lock:

@@ -322,7 +322,7 @@ def _retire(job: Job, census: catalog.Census, busy: frozenset[str] = frozenset()
         yield root / str(step)
     for attempt in catalog.abandoned(root, job.step):
         if str(attempt) not in busy:
-            _remove(attempt)
+            attempt.remove_own()
 
 
 def _remove(checkpoint: Readable) -> None:

@@ -152,6 +152,12 @@ class StorePath:
         """Returns TensorStore's description of the directory."""
         return describe_kvstore(self.address)
 
+    def remove_own(self, is_spared: Callable[[str], bool] = lambda _: False) -> None:
+        """Deletes what has a name that objects of checkpoints have, but what is spared: the rest is somebody else's."""
+        from offstep.stores.staging import is_of_checkpoint
+
+        self.remove(lambda key: is_spared(key) or not is_of_checkpoint(key[len(self._prefix) :]))
+
     def remove(self, is_spared: Callable[[str], bool] = lambda _: False) -> None:
         """Deletes the checkpoint: first what tells readers that it is one; objects with keys that are spared stay."""
         from offstep.stores.staging import MARKER_NAME

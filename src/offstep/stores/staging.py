@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,12 @@ MARKER_NAME = "commit_success.txt"
 
 _CLEANING_SECONDS = 2.0
 _SMALL_BYTES = 64 << 10
+
+# Of what a checkpoint has: nothing else is ever deleted but together with a committed one.
+_OF_DATABASE = r"(?:ocdbt\.process_\d+/)?(?:manifest\.ocdbt|d/[0-9a-f]+)"
+_OF_ITEM = rf"_METADATA|_sharding|_strings\.json|commit_success\.txt|array_metadatas/process_\d+|{_OF_DATABASE}"
+_OF_STEP = r"offstep\.json|offstep-[^/]+|_CHECKPOINT_METADATA|checkpoint_metadata|commit_success\.txt"
+_OF_CHECKPOINT = re.compile(rf"{_OF_STEP}|(?:pytree|model_config|assets)/(?:{_OF_ITEM})")
 
 Parts = Sequence[bytes | memoryview]
 Source = tuple[str, int, int]
@@ -42,6 +49,7 @@ class StagedObjects:
 
     Raises:
         OSError: the store cannot be asked.
+        FileExistsError: other things than a checkpoint have its name.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class StagedObjects:
         self._found = set(self._store.list(f"{final.key}/"))
         if self._marker_key in self._found and self._is_ours():
             self.is_committed = True  # by an earlier attempt, whose report was lost
+        self._refuse_foreign()
 
     def __enter__(self) -> StagedObjects:
         return self
@@ -151,6 +160,15 @@ class StagedObjects:
             text = "another run has committed a checkpoint of this name meanwhile"
             raise FileExistsError(errno.EEXIST, text, str(self.final))
 
+    def _refuse_foreign(self) -> None:
+        if self._marker_key in self._found:
+            return
+        start = len(self.final.key) + 1
+        foreign = [key for key in sorted(self._found) if not is_of_checkpoint(key[start:]) and not key.endswith("/")]
+        if foreign:
+            text = "an object that is of no checkpoint has the name of this step; move it away, or save elsewhere"
+            raise FileExistsError(errno.EEXIST, text, self._spell(foreign[0]))
+
     def _is_ours(self) -> bool:
         return (self._store.get(self._marker_key) or b"").endswith(self._nonce)
 
@@ -175,6 +193,11 @@ class StagedObjects:
 
     def _spell(self, key: str) -> str:
         return f"{self.final.scheme}://{self.final.bucket}/{key}"
+
+
+def is_of_checkpoint(path: str) -> bool:
+    """Returns whether an object in the directory of a checkpoint has a name that one of offstep's has there."""
+    return _OF_CHECKPOINT.fullmatch(path) is not None
 
 
 def probe(place: Address, patience_seconds: float) -> None:
