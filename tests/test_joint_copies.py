@@ -206,7 +206,7 @@ def fill_slot(slot: mmap.mmap, plan: Plan, arrays: dict[str, np.ndarray]) -> Non
 
 @gs_only
 def test_each_disk_gives_its_share_in_pieces_and_what_both_have_is_there_once(run: str, tmp_path: Path) -> None:
-    disks = Disks(tmp_path, run, scale=160_000)
+    disks = Disks(tmp_path, run, scale=100_000)
     shares = [disks.copy(process) for process in range(2)]
     assert offstep.latest(run) is None
     assert [len(share.note["pieces"]) > 1 for share in shares] == [True, True]

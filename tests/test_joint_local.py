@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from test_joint import list_expected
 
 import offstep
 from offstep import catalog
+from offstep._native import crc32c
+from offstep.formats.local_reader import list_common_steps, list_parts
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,19 @@ def test_one_process_restores_what_is_brought_together(gathered: Path) -> None:
 def test_a_step_that_one_process_lacks_is_none(gathered: Path) -> None:
     shutil.rmtree(gathered / "process_1" / "3")
     assert joint.run("joint_trees.py", 1, gathered, do="restore", steps=[2], newest=True) == [{"step": 2, "wrong": []}]
+
+
+def test_a_step_that_disks_have_of_different_saves_is_none(gathered: Path) -> None:
+    """One process was killed before it came again to a step that the other still had from a run before."""
+    parts = list_parts(gathered)
+    assert list(list_common_steps(parts)) == [2, 3]
+    path = parts[1] / "3" / "offstep.json"
+    document = json.loads(path.read_bytes())
+    del document["crc32c"]
+    document["save"] += "0"
+    text = json.dumps(document, separators=(",", ":")).encode()
+    path.write_bytes(text[:-1] + b',"crc32c":"%08x"}' % crc32c(text))
+    assert list(list_common_steps(parts)) == [2]
 
 
 def test_nobody_takes_a_part_for_the_whole(saved: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ import offstep
 from offstep.catalog import list_steps
 from offstep.errors import SaveFailed
 from offstep.formats import orbax_upload
+from offstep.inbox import Attached
 from offstep.records import NO_SLOT, Job
 from offstep.stores.path import open_place
+from offstep.uploading import Uploader
+from offstep.wire import Message
 
 __all__ = ["proxy", "run", "store"]  # fixtures
 
@@ -118,6 +122,34 @@ def test_a_copy_is_cut_in_pieces_and_holds_what_earlier_steps_wrote(run: str, tm
     for name, array in tree.items():
         np.testing.assert_array_equal(restored[name], array)
     assert_same(read_step(download(run, tmp_path / "copy") / "2"), read_step(source))
+
+
+def test_a_newer_copy_takes_the_place_of_one_that_waits_for_the_same_store_only() -> None:
+    is_begun, may_go_on = threading.Event(), threading.Event()
+    made: list[int] = []
+    told: list[Message] = []
+
+    def make(job: Job, attached: Attached) -> Message:
+        is_begun.set()
+        assert may_go_on.wait(60)
+        made.append(job.number)
+        return {"job": job.number}
+
+    def add(number: int, root: str, form: str = "upload") -> None:
+        uploader.add(Job(number, number, form, root, root, root, NO_SLOT, 0, "tag", source=f"{root}/{number}"), {})
+
+    uploader = Uploader(make, told.append)
+    add(1, "gs://a")
+    assert is_begun.wait(60)
+    for number, root in ((2, "gs://a"), (3, "gs://b"), (4, "gs://a")):
+        add(number, root)
+    for number in (5, 6):  # what several processes have chosen together
+        add(number, "gs://a", "orbax_share_copy")
+    assert uploader.sources == {"gs://a/1", "gs://b/3", "gs://a/4", "gs://a/5", "gs://a/6"}
+    may_go_on.set()
+    uploader.finish()
+    assert made == [1, 3, 4, 5, 6]
+    assert told[0] == {"job": 2, "withdrawn": True}
 
 
 @pytest.mark.parametrize(
