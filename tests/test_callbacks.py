@@ -88,6 +88,7 @@ SYNCHRONOUS = (
     "warm-up",
     "early stopping",
 )
+LIKE_OTHERS = ("generator in executions", "later epochs", "averages at the end of epochs")  # after each batch
 COUNTED = ("plain", "remainder of an execution", "generator of unknown size", "data that ends early", "later epochs")
 
 
@@ -161,6 +162,11 @@ def list_cases() -> list[Any]:  # of pytest
         # Saves of epochs are made in the same hook whatever the dispatch.
         singular = {"epoch": ("plain", "stopped"), 1: SYNCHRONOUS, 3: ("plain", "remainder of an execution")}
         is_double = dispatch is beside_a_synchronous_one and run not in singular[save_freq]
+        is_double |= save_freq == 1 and run in (
+            "generator in executions",
+            "later epochs",
+            "averages at the end of epochs",
+        )
         marks = [pytest.mark.campaign] if is_double else []
         cases.append(pytest.param(run, save_freq, dispatch, id=f"{run}-{save_freq}-{dispatch.__name__}", marks=marks))
     return cases

@@ -32,7 +32,7 @@ def words_of(html: str | None) -> str:
 def test_a_callback_shows_its_saves(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "{step}", in_process=True)
     assert "saves none yet" in words_of(callback._repr_html_()).replace("  ", " ")
-    fit(make_model(run_eagerly=True), [callback], epochs=2)
+    fit(make_model(), [callback], epochs=2)
     words = words_of(callback._repr_html_())
     assert f"ModelCheckpoint   {tmp_path}/{{step}}" in words
     assert "2 durable" in words
@@ -56,7 +56,7 @@ def test_a_checkpointer_shows_its_steps(tmp_path: Path) -> None:
 
 def test_the_path_of_a_checkpoint_shows_what_it_holds(tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path / "{step}", in_process=True)
-    fit(make_model(run_eagerly=True), [callback], epochs=1)
+    fit(make_model(), [callback], epochs=1)
     newest = offstep.latest(tmp_path)
     assert newest == tmp_path / "7"
     words = words_of(newest._repr_html_())  # type: ignore[union-attr]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,6 @@ from offstep import BackupAndRestore, Checkpointer, ModelCheckpoint
 pytestmark = pytest.mark.usefixtures("one_writer")
 
 Model = Any  # Keras carries no types
-
-
-def make_quick() -> Model:
-    """Returns a model that runs operation by operation: nothing is compiled for each test anew."""
-    return make_model(run_eagerly=True)
 
 
 # ------------------------------------------------------------------------------------------------ construction
@@ -85,21 +82,21 @@ def test_a_script_may_put_our_class_in_the_place_of_stock_s(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("save_freq", "steps"),
     [
-        ("epoch", [7, 14, 21, 28, 35]),
+        pytest.param("epoch", [7, 14, 21, 28, 35], marks=pytest.mark.campaign),
         ("1 epoch", [7, 14, 21, 28, 35]),
         ("2 epochs", [14, 28]),
         ("6 epochs", []),
         ("10 batches", [10, 20, 30]),
-        (10, [10, 20, 30]),
+        pytest.param(10, [10, 20, 30], marks=pytest.mark.campaign),
     ],
 )
 def test_saves_every_so_many_epochs_or_batches(save_freq: Any, steps: list[int], tmp_path: Path) -> None:
-    fit(make_quick(), [ModelCheckpoint(tmp_path / "{step}", save_freq=save_freq)], epochs=5)
+    fit(make_model(), [ModelCheckpoint(tmp_path / "{step}", save_freq=save_freq)], epochs=5)
     assert list_steps(tmp_path) == steps
 
 
 def test_epochs_are_counted_on_in_a_second_fit(tmp_path: Path) -> None:
-    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq="2 epochs"), make_quick()
+    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq="2 epochs"), make_model()
     for epochs in (1, 2, 1):
         fit(model, [ours], epochs=epochs)
     assert list_steps(tmp_path) == [14, 28]
@@ -128,28 +125,40 @@ class Wind(keras.callbacks.Callback):
         self.hand.seconds += 1
 
 
-@pytest.mark.parametrize("others", [[], [keras.callbacks.TerminateOnNaN()]], ids=["asynchronous", "synchronous"])
-@pytest.mark.parametrize(
-    ("save_freq", "steps"),
-    [("3s", [3, 6, 9, 12]), ("0.1 min", [6, 12]), ("13.5 seconds", [14]), ("1h", []), ("0.01s", list(range(1, 15)))],
-)
+@cache
+def record_every_batch() -> StockRecord:
+    recorded = StockRecord(save_freq=1)
+    fit(make_model(), [recorded])
+    return recorded
+
+
+TIMES = {"3s": [3, 6, 9, 12], "0.1 min": [6, 12], "13.5 seconds": [14], "1h": [], "0.01s": list(range(1, 15))}
+
+
+def list_times() -> Iterator[Any]:  # of pytest
+    for (save_freq, steps), way in product(TIMES.items(), ("asynchronous", "synchronous")):
+        others = [keras.callbacks.TerminateOnNaN()] if way == "synchronous" else []
+        is_double = way == "synchronous" and save_freq != "3s"
+        marks = [pytest.mark.campaign] if is_double else []
+        yield pytest.param(save_freq, steps, others, id=f"{save_freq}-{way}", marks=marks)
+
+
+@pytest.mark.parametrize(("save_freq", "steps", "others"), list(list_times()))
 def test_saves_after_the_first_batch_that_ends_a_time(
     save_freq: str, steps: list[int], others: list[Any], tmp_path: Path
 ) -> None:
     hand = Hand()
     ours = ModelCheckpoint(tmp_path / "{step}", save_freq=save_freq, clock=hand, slots=8)
-    fit(make_quick(), [*others, ours, Wind(hand)])
+    fit(make_model(), [*others, ours, Wind(hand)])
     assert list_steps(tmp_path) == steps
-    recorded = StockRecord(save_freq=1)
-    fit(make_quick(), [recorded])
-    for state in recorded.states:
+    for state in record_every_batch().states:
         if iterations(state) in steps:
             assert_same(read_step(tmp_path / str(iterations(state))), state)
 
 
 def test_time_goes_on_between_two_fits(tmp_path: Path) -> None:
     hand = Hand()
-    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq="10 s", clock=hand), make_quick()
+    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq="10 s", clock=hand), make_model()
     for _ in range(2):
         fit(model, [ours, Wind(hand)], epochs=1)
     assert list_steps(tmp_path) == [10]
@@ -158,18 +167,18 @@ def test_time_goes_on_between_two_fits(tmp_path: Path) -> None:
 def test_a_time_decides_with_the_metric_of_its_batch(tmp_path: Path) -> None:
     losses: list[float] = []
     recorder = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
-    fit(make_quick(), [recorder], epochs=1)
+    fit(make_model(), [recorder], epochs=1)
     hand = Hand()
     template = tmp_path / "{batch}-{loss:.3f}"
     ours = ModelCheckpoint(template, "loss", save_freq="2s", clock=hand, save_best_only=True)
-    fit(make_quick(), [ours, Wind(hand)], epochs=1)
+    fit(make_model(), [ours, Wind(hand)], epochs=1)
     seen = [(batch, losses[batch - 1]) for batch in (2, 4, 6)]
     best = [(batch, loss) for i, (batch, loss) in enumerate(seen) if all(loss < other for _, other in seen[:i])]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{batch}-{loss:.3f}" for batch, loss in best]
 
 
 def test_attributes_that_are_set_later_hold_from_then_on(tmp_path: Path) -> None:
-    ours, model = ModelCheckpoint(tmp_path / "a" / "{step}", save_freq=3), make_quick()
+    ours, model = ModelCheckpoint(tmp_path / "a" / "{step}", save_freq=3), make_model()
     fit(model, [ours], epochs=1)
     ours.filepath, ours.save_freq = str(tmp_path / "b" / "{step}"), "epoch"
     assert (ours.filepath, ours.save_freq) == (str(tmp_path / "b" / "{step}"), "epoch")
@@ -187,7 +196,7 @@ def test_a_filepath_that_is_set_in_mid_training_holds_from_then_on(tmp_path: Pat
             ours.filepath = tmp_path / f"of-{epoch}" / "{step}"
 
     ours = ModelCheckpoint(tmp_path / "never" / "{step}")
-    fit(make_quick(), [ours, Redirect()])
+    fit(make_model(), [ours, Redirect()])
     assert (list_steps(tmp_path / "of-0"), list_steps(tmp_path / "of-1")) == ([7], [14])
     assert list_steps(tmp_path / "never") == []
 
@@ -200,7 +209,7 @@ def test_overridden_decision_about_batches_is_asked(tmp_path: Path) -> None:
         def _should_save_on_batch(self, batch: int) -> bool:
             return batch in {1, 2, 5}
 
-    fit(make_quick(), [Odd(tmp_path / "{step}", save_freq=1)], epochs=1)
+    fit(make_model(), [Odd(tmp_path / "{step}", save_freq=1)], epochs=1)
     assert list_steps(tmp_path) == [2, 3, 6]
 
 
@@ -216,8 +225,8 @@ def test_overridden_decision_is_given_what_stock_gives(save_freq: Any, tmp_path:
 
     theirs: list[Any] = []
     ours: list[Any] = []
-    fit(make_quick(), [make(keras.callbacks.ModelCheckpoint, theirs, tmp_path / "stock" / "{epoch}.keras")])
-    fit(make_quick(), [make(ModelCheckpoint, ours, tmp_path / "ours" / "{epoch}")])
+    fit(make_model(), [make(keras.callbacks.ModelCheckpoint, theirs, tmp_path / "stock" / "{epoch}.keras")])
+    fit(make_model(), [make(ModelCheckpoint, ours, tmp_path / "ours" / "{epoch}")])
     assert ours == theirs
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["2"]
 
@@ -231,7 +240,7 @@ def test_overridden_save_decides_whether_and_finds_the_model(tmp_path: Path) -> 
             if batch != 3:
                 super()._save_model(epoch=epoch, batch=batch, logs=logs)
 
-    fit(make_quick(), [Announcing(tmp_path / "{step}", save_freq=2)], epochs=1)
+    fit(make_model(), [Announcing(tmp_path / "{step}", save_freq=2)], epochs=1)
     assert seen == [(1, 2, ["loss", "mae"]), (3, 4, ["loss", "mae"]), (5, 6, ["loss", "mae"])]
     assert list_steps(tmp_path) == [2, 6]
 
@@ -253,7 +262,7 @@ def test_overridden_name_is_where_it_goes(
             return name(super()._get_file_path(epoch, batch, {**logs, "rate": 0.5}), epoch)
 
     ours = Renaming(tmp_path / template)
-    fit(make_quick(), [ours])
+    fit(make_model(), [ours])
     found = [path.parent.relative_to(tmp_path) for path in tmp_path.rglob("offstep.json")]
     assert sorted(map(str, found)) == sorted(places)
     assert [Path(stats.path).is_dir() for stats in ours.stats] == [True, True]
@@ -270,7 +279,7 @@ def test_hooks_of_a_subclass_run_on_the_training_thread(hook: str, tmp_path: Pat
         getattr(ModelCheckpoint, hook)(self, batch, logs)
 
     ours = type("Mine", (ModelCheckpoint,), {hook: note})(tmp_path / "{step}", save_freq=3)
-    fit(make_quick(), [ours], validation_data=make_data())
+    fit(make_model(), [ours], validation_data=make_data())
     assert list_steps(tmp_path) == [3, 6, 9, 12]
     assert threads <= {threading.get_ident()}
     assert bool(threads) == (hook != "on_batch_end")  # which Keras's `fit` calls for no callback that ends batches
@@ -283,15 +292,21 @@ def test_the_older_hook_of_a_subclass_is_called_when_a_batch_begins(tmp_path: Pa
             super().on_batch_begin(batch, logs)
 
     begun: list[int] = []
-    fit(make_quick(), [Older(tmp_path / "{step}", save_freq=3)], epochs=1)
+    fit(make_model(), [Older(tmp_path / "{step}", save_freq=3)], epochs=1)
     assert begun == list(range(BATCHES))
     assert list_steps(tmp_path) == [3, 6]
 
 
-HOOKS = ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_batch_begin", "on_test_begin", "on_epoch_end"]
+KEPT = [
+    *(("on_train_begin", False), ("on_train_batch_begin", False), ("on_test_begin", False), ("on_train_begin", True)),
+    *(
+        pytest.param(f"on_{name}", False, marks=pytest.mark.campaign)
+        for name in ("epoch_begin", "batch_begin", "epoch_end")
+    ),
+]
 
 
-@pytest.mark.parametrize(("hook", "is_bare"), [(hook, False) for hook in HOOKS] + [("on_train_begin", True)])
+@pytest.mark.parametrize(("hook", "is_bare"), KEPT)
 def test_a_subclass_that_keeps_a_hook_to_itself_saves_what_stock_s_would(
     hook: str, is_bare: bool, tmp_path: Path
 ) -> None:
@@ -309,8 +324,8 @@ def test_a_subclass_that_keeps_a_hook_to_itself_saves_what_stock_s_would(
     stock = type("Theirs", (StockRecord,), kept)(save_freq=3)
     stock._current_epoch = 0  # stock fails without
     ours = type("Silent", (Mine,), kept)(tmp_path / "{step}", save_freq=3)
-    fit(make_quick(), [stock], validation_data=make_data())
-    fit(make_quick(), ours if is_bare else [ours], validation_data=make_data())
+    fit(make_model(), [stock], validation_data=make_data())
+    fit(make_model(), ours if is_bare else [ours], validation_data=make_data())
     assert list_steps(tmp_path) == [iterations(state) for state in stock.states] == [3, 6, 9, 12]
     for state in stock.states:
         assert_same(read_step(tmp_path / str(iterations(state))), state)
@@ -325,7 +340,7 @@ def test_a_subclass_that_keeps_the_beginning_to_itself_cannot_resume_and_is_told
     assert not backup.async_safe
     for callback in (ours, backup):
         with pytest.raises(RuntimeError, match=r"on_train_begin did not come.*super\(\).on_train_begin"):
-            fit(make_quick(), [callback])
+            fit(make_model(), [callback])
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
@@ -336,7 +351,7 @@ def test_a_comparison_of_the_user_s_own_decides(tmp_path: Path) -> None:
         on_epoch_end=lambda epoch, logs: logs.update(score=[3.0, 2.0, 4.0, float("nan")][epoch])
     )
     with pytest.warns(UserWarning, match="score is nan: such a value is never the best"):
-        fit(make_quick(), [report, ours], epochs=4)
+        fit(make_model(), [report, ours], epochs=4)
     assert list_steps(tmp_path) == [7, 21]
 
 
@@ -355,15 +370,20 @@ def drive(model: Model, callbacks: Any, begin: str, end: str) -> None:  # a Call
     callbacks.on_train_end()
 
 
-@pytest.mark.parametrize("is_asynchronous", [True, False])
-@pytest.mark.parametrize("end", ["on_train_batch_end", "on_batch_end"])
-@pytest.mark.parametrize("begin", ["on_train_batch_begin", "on_batch_begin"])
+def combine_names() -> Iterator[Any]:  # of pytest
+    names = product(("on_train_batch_begin", "on_batch_begin"), ("on_train_batch_end", "on_batch_end"), (True, False))
+    for begin, end, is_asynchronous in names:
+        is_chosen = begin == "on_batch_begin" and is_asynchronous == (end == "on_batch_end")
+        yield pytest.param(begin, end, is_asynchronous, marks=() if is_chosen else pytest.mark.campaign)
+
+
+@pytest.mark.parametrize(("begin", "end", "is_asynchronous"), list(combine_names()))
 def test_older_names_of_hooks_are_the_same_hooks(begin: str, end: str, is_asynchronous: bool, tmp_path: Path) -> None:
     stock, ours = StockRecord(save_freq=2), ModelCheckpoint(tmp_path / "{step}", save_freq=2)
-    model = make_quick()
+    model = make_model()
     drive(model, keras.callbacks.CallbackList([stock], model=model), "on_train_batch_begin", "on_train_batch_end")
     others = [] if is_asynchronous else [keras.callbacks.TerminateOnNaN()]
-    model = make_quick()
+    model = make_model()
     drive(model, keras.callbacks.CallbackList([*others, ours], model=model, epochs=2), begin, end)
     assert ours.params == {"epochs": 2}
     assert ours.model is model
@@ -373,7 +393,7 @@ def test_older_names_of_hooks_are_the_same_hooks(begin: str, end: str, is_asynch
 
 
 def test_evaluating_and_predicting_with_the_callback_saves_nothing(tmp_path: Path) -> None:
-    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq=1), make_quick()
+    ours, model = ModelCheckpoint(tmp_path / "{step}", save_freq=1), make_model()
     model.evaluate(*make_data(), callbacks=[ours], verbose=0)
     model.predict(make_data()[0], callbacks=[ours], verbose=0)
     assert list_steps(tmp_path) == []
@@ -419,7 +439,7 @@ def test_an_address_is_refused_rather_than_taken_for_a_directory(
 
 
 def test_names_with_a_colon_are_no_addresses(tmp_path: Path) -> None:
-    fit(make_quick(), [ModelCheckpoint(tmp_path / "a:b" / "{step}")], epochs=1)
+    fit(make_model(), [ModelCheckpoint(tmp_path / "a:b" / "{step}")], epochs=1)
     assert list_steps(tmp_path / "a:b") == [7]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import interpreters
 import pytest
@@ -39,14 +42,15 @@ def test_each_array_is_stored_once(saved: Path) -> None:
     assert 4 * (3 * weights + 2 * 64) <= report["state_bytes"] < 4 * (3 * weights + 2 * 64) + 200
 
 
-@pytest.mark.parametrize("kind", ["none", "one", "model_wide"])
+def combine() -> Iterator[Any]:  # of pytest
+    """How it was saved and how it is loaded."""
+    for kinds in product(("data", "model"), ("none", "one", "model_wide", "data", "model")):
+        is_chosen = kinds in {("data", "none"), ("model", "one"), ("model", "model_wide")}
+        yield pytest.param(*kinds, marks=() if is_chosen else pytest.mark.campaign)
+
+
+@pytest.mark.parametrize(("saved", "kind"), list(combine()), indirect=["saved"])
 def test_stock_keras_loads_it_on_other_devices(kind: str, saved: Path) -> None:
-    run("load", kind, saved)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", ["data", "model"])
-def test_stock_keras_loads_it_on_as_many_devices(kind: str, saved: Path) -> None:
     run("load", kind, saved)
 
 

@@ -183,8 +183,14 @@ class Synchronous(keras.callbacks.Callback):
         pass
 
 
-@pytest.mark.parametrize("beside", [[], [Synchronous]], ids=["asynchronous", "synchronous"])
-@pytest.mark.parametrize("suffix", KINDS)
+@pytest.mark.parametrize(
+    ("suffix", "beside"),
+    [
+        *((suffix, []) for suffix in KINDS),
+        ("keras", [Synchronous]),
+        *(pytest.param(suffix, [Synchronous], marks=pytest.mark.campaign) for suffix in KINDS if suffix != "keras"),
+    ],
+)
 def test_a_file_for_every_few_batches_is_that_of_stock_keras(suffix: str, beside: list[type], tmp_path: Path) -> None:
     template = f"{{epoch}}-{{batch}}.{suffix}"
     others = [make() for make in beside]

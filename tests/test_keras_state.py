@@ -356,15 +356,11 @@ def test_names_do_not_depend_on_the_distribution() -> None:
 @pytest.mark.parametrize(
     "hook",
     [
-        "on_epoch_begin",
-        "on_train_batch_begin",
-        "on_train_batch_end",
-        "on_test_begin",
-        "on_test_batch_begin",
-        "on_test_batch_end",
-        "on_test_end",
-        "on_epoch_end",
-        "on_train_end",
+        *("on_train_batch_begin", "on_train_batch_end", "on_test_begin", "on_epoch_end"),
+        *(
+            pytest.param(f"on_{name}", marks=pytest.mark.campaign)
+            for name in ("epoch_begin", "test_batch_begin", "test_batch_end", "test_end", "train_end")
+        ),
     ],
 )
 def test_live_arrays_are_the_state_at_every_hook_of_fit(hook: str) -> None:

@@ -76,7 +76,7 @@ def test_each_save_is_logged_told_and_monitored(tmp_path: Path, capsys: pytest.C
 def test_every_batch_is_in_the_log(others: list[Any], tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     callback = ModelCheckpoint(tmp_path / "{step}", save_freq=3, event_log=log, in_process=True)
-    fit(make_model(run_eagerly=True), [*others, callback], epochs=2, validation_data=make_data())
+    fit(make_model(), [*others, callback], epochs=2, validation_data=make_data())
     events = read_events(log)
     batches = [event for event in events if event["event"] == "batches"]
     assert sum(event["count"] for event in batches) == 2 * BATCHES
@@ -92,7 +92,7 @@ def test_every_batch_is_in_the_log(others: list[Any], tmp_path: Path) -> None:
 def test_backups_are_logged_too(tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     callback = BackupAndRestore(tmp_path / "backup", save_freq=3, event_log=log, in_process=True)
-    fit(make_model(run_eagerly=True), [callback], epochs=1)
+    fit(make_model(), [callback], epochs=1)
     events = read_events(log)
     assert [event["step"] for event in events if event["event"] == "durable"] == [3, 6]
     assert events[-1]["event"] == "end"

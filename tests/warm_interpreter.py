@@ -2,8 +2,7 @@
 
 To import them takes most of the time of a short script. A child has all that a fresh interpreter has: its arguments,
 streams, environment and `__main__`, counters of names in Keras, random numbers of its own; and it ends as one. No
-backend
-of JAX has been made before the fork, and offstep is not imported.
+backend of JAX has been made before the fork, and offstep is not imported.
 
 `interpreters` asks for children through the socket whose descriptor is the argument.
 """
