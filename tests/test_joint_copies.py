@@ -1,6 +1,6 @@
 """Processes that each have a disk of their own, from which steps are copied into a store: there they are one step.
 
-pytest tests/test_joint_copies.py -m campaign      four processes, and faults at each message of a copy
+pytest tests/test_joint_copies.py -m campaign      four processes, a slow store, and faults at each message of a copy
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fault_proxy
 import joint
 import numpy as np
 import pytest
-from object_stores import below, download, gs_only, list_objects, run, s3_only, store
+from fault_proxy import Proxy
+from object_stores import Server, below, download, gs_only, list_objects, proxy, run, s3_only, store, through
 from slots import cut_into_chunks
+from test_store_faults import is_put
 
 import offstep
 from offstep import catalog, manifest
@@ -26,7 +29,7 @@ from offstep.records import Job, Leaf, Plan, Share
 from offstep.shares import keep_all, share_out
 from offstep.stores.path import open_place
 
-__all__ = ["run", "store"]  # fixtures
+__all__ = ["proxy", "run", "store"]  # fixtures
 
 ARGUMENTS = {"layout": "local", "upload_every": 2, "local_max_to_keep": 1}
 
@@ -84,6 +87,26 @@ def test_four_disks(kind: str, run: str, tmp_path: Path) -> None:
     options = {"kind": kind, "filepath": below(run, "{step}"), "hosts": True, "loser": 2}
     said = joint.run("joint_keras.py", 4, tmp_path, do="lose", **options)
     assert [(report["steps"], report["wrong"]) for report in said] == [([10, 8], [])] * 4
+
+
+@pytest.mark.campaign
+@gs_only
+@pytest.mark.timeout(300)
+def test_of_a_slow_store_all_leave_the_same_copies_out_and_what_is_copied_stays_on_the_disks(
+    proxy: Proxy, store: Server, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_proxy, "SECONDS_PER_SLOW_BLOCK", 0.3)
+    proxy.fail("slow", is_put)
+    arguments = ARGUMENTS | {"upload_every": 1}
+    told = train(2, tmp_path, through(proxy, store, run), batches=40, arguments=arguments)
+    uploaded = told[0]["uploaded"]
+    assert told == [{"durable": 20, "failed": 0, "uploaded": uploaded}] * 2
+    copied = catalog.list_steps(open_place(run))
+    assert (len(copied), copied[-1]) == (uploaded, 40)
+    assert uploaded < 10
+    assert offstep.verify(run).ok
+    for process in range(2):  # beside the newest: what was copied, and of what waited what was not known to be left out
+        assert len(catalog.list_steps(tmp_path / f"host_{process}" / f"process_{process}")) <= 4
 
 
 # Of process 0: begins, decides on the save, on the copy's turn, on the copy. Of the others: report the save, the copy.

@@ -60,7 +60,8 @@ class JointDecisions:
         self._group, self._writer, self._jobs, self._changed = group, writer, jobs, changed
         self._digest, self._merged_plan = digest, merged_plan
         self._is_local, self._commit_seconds = is_local, commit_seconds
-        self._old_keys: deque[tuple[float, str]] = deque()  # with the time when nobody asks for them any more
+        # With the time when nobody asks for them any more; guarded by self._changed.
+        self._old_keys: deque[tuple[float, str]] = deque()
         self._has_ended = False
 
     @property
@@ -137,10 +138,13 @@ class JointDecisions:
         Raises:
             ServiceLost: it may still be there.
         """
-        now = time.monotonic()
-        self._old_keys.append((now + 2 * (self._commit_seconds + self.grace_seconds), save.key))
-        while self._old_keys[0][0] < now:
-            self._group.delete(self._old_keys.popleft()[1])
+        now, expired = time.monotonic(), []
+        with self._changed:
+            self._old_keys.append((now + 2 * (self._commit_seconds + self.grace_seconds), save.key))
+            while self._old_keys[0][0] < now:
+                expired.append(self._old_keys.popleft()[1])
+        for key in expired:
+            self._group.delete(key)
 
     def end(self) -> None:
         """Nothing is handed to the writer from now on: it may be gone."""
