@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -17,7 +19,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
 
 from offstep import BackupAndRestore
 
@@ -58,9 +59,18 @@ def build_model(steps_per_execution: int = 1, gradient_accumulation_steps: int |
     return model
 
 
+def read_digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads what `sklearn.datasets.load_digits` does; to import that takes longer than all else before training."""
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, delimiter=",", max_rows=count)
+    return (rows[:, :-1] / 16.0).astype("float32").reshape(-1, 8, 8, 1), rows[:, -1].astype(int)
+
+
 def train(mode: str, epochs: int, directory: str | None) -> dict[str, Any]:
-    digits = load_digits()
-    images, labels = (digits.images / 16.0).astype("float32")[..., np.newaxis], digits.target
+    images, labels = read_digits(500)
     options = dict(MODES[mode])
     how = {name: options.pop(name) for name in ("save_freq", "memory_every") if name in options}
     backup = [BackupAndRestore(directory, **how)] if directory else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from keras_file_reader import assert_same_files
 from runs import fit, make_data, make_model
 
 from offstep import ModelCheckpoint
+
+pytestmark = pytest.mark.usefixtures("one_writer")
 
 Callbacks = list[Any]  # Keras carries no types
 MakeCheckpoint = Callable[..., Any]
@@ -79,8 +82,15 @@ BESIDE = (
 )
 
 
-@pytest.mark.parametrize("is_last", [True, False], ids=["ours last", "ours first"])
-@pytest.mark.parametrize("others", BESIDE)
+def combine() -> Iterator[Any]:  # of pytest
+    """Ours behind all of them, and before those that change the weights."""
+    for others, is_last in product(BESIDE, (True, False)):
+        is_chosen = is_last or others in {stop_early, swap_averages, all_together}
+        name = f"{others.__name__}-{'ours last' if is_last else 'ours first'}"
+        yield pytest.param(others, is_last, id=name, marks=() if is_chosen else pytest.mark.campaign)
+
+
+@pytest.mark.parametrize(("others", "is_last"), list(combine()))
 def test_a_run_beside_other_callbacks_leaves_what_stock_leaves(
     others: Callable[[Path], Callbacks], is_last: bool, tmp_path: Path
 ) -> None:

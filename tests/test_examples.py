@@ -12,6 +12,8 @@ from keras_file_reader import assert_same_files
 
 from offstep import ModelCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_writer")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = 128
 
