@@ -167,15 +167,16 @@ class Disks:
         directory: Of the disks.
         address: Of the steps in the store.
         scale: How large the arrays are.
+        has_nan: Whether there is one in them.
     """
 
-    def __init__(self, directory: Path, address: str, scale: int) -> None:
+    def __init__(self, directory: Path, address: str, scale: int, *, has_nan: bool = True) -> None:
         self.arrays = {
             "both": np.arange(scale * 64, dtype=np.float32).reshape(scale, 64),
             "count": np.asarray(np.int32(5)),
             "rows": np.arange(scale * 64, dtype=np.float32).reshape(scale, 64) / 2,
         }
-        self.arrays["both"][0, 0] = np.nan  # on both disks, but once in the store
+        self.arrays["both"][0, 0] = np.nan if has_nan else 0  # on both disks, but once in the store
         self.root, self.target = address, below(address, "5")
         leaves = [
             Leaf((name,), array.shape, array.dtype.name, shard_shape=array.shape) for name, array in self.arrays.items()
@@ -183,12 +184,12 @@ class Disks:
         leaves[2] = replace(leaves[2], shard_shape=(scale // 2, 64))
         holders = [[range(2)], [range(2)], [[0], [1]]]
         self._shares = share_out(leaves, holders, 2)
-        documents = {"model": None, "places": self._shares.places, "processes": 2}
-        self._step = FORMATS["orbax_merged"].prepare(self._shares.plan(0), documents)
+        self.documents = {"model": None, "places": self._shares.places, "processes": 2}
+        self._step = FORMATS["orbax_merged"].prepare(self._shares.plan(0), self.documents)
         self.sources = [directory / f"process_{process}" / "5" for process in range(2)]
         for process, source in enumerate(self.sources):
             plan = keep_all(leaves, holders, process, cut=self._shares.layouts)
-            job = self._make_job("orbax_directory", target=source, base=directory, root=source.parent)
+            job = self.make_job("orbax_directory", target=source, base=directory, root=source.parent)
             with mmap.mmap(-1, plan.slot_bytes) as slot:
                 fill_slot(slot, plan, self.arrays)
                 with mmap.mmap(-1, 8) as extra:
@@ -198,15 +199,18 @@ class Disks:
                         job, FORMATS["orbax_directory"].prepare(plan, None), slot, attached
                     )
 
-    def _make_job(self, form: str, *, number: int = 1, **places: Any) -> Job:
+    def make_job(self, form: str, *, number: int = 1, until: float | None = None, **places: Any) -> Job:
         key, about = "offstep/copy/0123abcd/1/5/1", {"step": 5, "metrics": {}, "run": "0123abcd", "number": number}
-        job = Job(1, 5, form, self.target, self.root, self.root, 1, 1, "tag", manifest=about, key=key)
+        job = Job(1, 5, form, self.target, self.root, self.root, 1, 1, "tag", manifest=about, key=key, until=until)
         return replace(job, **{name: str(place) for name, place in places.items()})
 
+    def share_plan(self, process: int) -> Plan:
+        return self._shares.plan(process, has_all_counters=False)
+
     def copy(self, process: int, **changes: Any) -> Share:
-        plan = self._shares.plan(process, has_all_counters=False)
-        prepared = FORMATS["orbax_share_copy"].prepare(plan, {"process": process, "commits": process == 0})
-        job = self._make_job("orbax_share_copy", **{"source": self.sources[process]} | changes)
+        about = {"process": process, "commits": process == 0}
+        prepared = FORMATS["orbax_share_copy"].prepare(self.share_plan(process), about)
+        job = self.make_job("orbax_share_copy", **{"source": self.sources[process]} | changes)
         with mmap.mmap(-1, mmap.PAGESIZE) as nothing:
             share = FORMATS["orbax_share_copy"].write(job, prepared, nothing, {})
         assert isinstance(share, Share)
@@ -216,7 +220,7 @@ class Disks:
         text = json.dumps(notes).encode()
         with mmap.mmap(-1, mmap.PAGESIZE) as nothing, mmap.mmap(-1, len(text)) as reports:
             reports[:] = text
-            job = self._make_job("orbax_merged", source=self.sources[0])
+            job = self.make_job("orbax_merged", source=self.sources[0])
             FORMATS["orbax_merged"].write(job, self._step, nothing, {orbax_merged.REPORTS_NAME: reports})
 
 

@@ -151,6 +151,8 @@ class JointCommits:
             self._copies.close()
         self._jobs.close()
         self._decisions.end()
+        if self._copies is not None:
+            self._copies.end()
 
     # ------------------------------------------------------------------------------------------------ the writer
 

@@ -98,6 +98,9 @@ class JointCopies:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+
+    def end(self) -> None:
+        """Nothing is handed to the writer from now on; until then what was written too late is discarded."""
         self._decisions.end()
 
     def _copy_all(self) -> None:
@@ -126,7 +129,9 @@ class JointCopies:
         if not self._is_chosen(copy):
             return {"withdrawn": True}
         copy.deadline = time.monotonic() + self._commit_seconds
-        self._jobs.hand_over(copy.job, partial(self._note_written, copy))
+        # What is older goes when this one is committed; what comes too late nobody wants.
+        share = replace(copy.job, keep=None, until=copy.deadline)
+        self._jobs.hand_over(share, partial(self._note_written, copy))
         merged = self._decisions.decide(copy, lambda: ())
         assert copy.written is not None
         return merged or copy.written

@@ -130,7 +130,8 @@ class JointDecisions:
             elif self._is_local and is_lost:
                 commit.remove_directory(Path(save.job.target))
             elif not self._is_local and not self._has_ended and save.is_refused and (is_lost or self._is_primary):
-                self._jobs.hand_over(self._make_job(save, format="orbax_discard", key=save.key), lambda _: None)
+                about = {"format": "orbax_discard", "key": save.key, "keep": None, "replace_all": False}
+                self._jobs.hand_over(self._make_job(save, **about), lambda _: None)
 
     def forget_later(self, save: JointSave) -> None:
         """Deletes what was told of a save once nobody can ask for it any more.

@@ -44,7 +44,7 @@ class JointJobs:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the thread, once the job that it waits for is done."""
+        """Ends the thread, once all jobs are done."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -64,12 +64,14 @@ class JointJobs:
                 self._writer.collect(_FOREVER_SECONDS, until=lambda: not self._jobs)
             except Exception as error:  # noqa: BLE001  no writer can be started, for one
                 self._give_up(describe(error))
+                if self._is_closed:
+                    return
 
     def _wait_for_jobs(self) -> bool:
-        """Returns false once it is closed."""
+        """Returns false once it is closed and all jobs are done: the outcome of one may have led to another."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or bool(self._jobs))
-            return not self._is_closed
+            return bool(self._jobs)
 
     def _give_up(self, outcome: Outcome) -> None:
         for number, (job, _) in list(self._jobs.items()):

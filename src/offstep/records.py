@@ -199,6 +199,8 @@ class Job:
         key: Tells the save from all others, where several processes make one checkpoint; the same in all of them.
         source: Directory of the durable step to copy. Such a job is done beside saves, at a lower priority.
         busy: Other targets of saves that are on their way: what lies there is no leftover.
+        until: When a copy that is not done is given up, by `time.monotonic()`, which is the same in all processes of a
+            machine; `None` never.
     """
 
     number: int
@@ -223,6 +225,7 @@ class Job:
     source: str = ""
     key: str = ""
     busy: tuple[str, ...] = ()
+    until: float | None = None
 
 
 @dataclass(frozen=True)

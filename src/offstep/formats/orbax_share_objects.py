@@ -110,7 +110,7 @@ def put_pieces(job: Job, target: Address, prepared: PreparedShare, pieces: Seque
     """Puts the pieces of a share into the store, and returns their sizes; see `write`."""
     names = name_pieces(job.key, prepared.process, len(pieces))
     files = {f"{STATE}/{name}": parts for name, parts in zip(names, pieces, strict=True)}
-    staging.put_data(target, files, job.retry_seconds)
+    staging.put_data(target, files, job.retry_seconds, job.until)
     return [sum(map(len, parts)) for parts in pieces]
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -218,25 +219,33 @@ def probe(place: Address, patience_seconds: float) -> None:
         raise kind(error.errno, f"checkpoints cannot be saved here: {error.strerror}", str(place)) from error
 
 
-def put_data(final: Address, files: Mapping[str, Parts], patience_seconds: float) -> None:
+def put_data(final: Address, files: Mapping[str, Parts], patience_seconds: float, until: float | None = None) -> None:
     """Puts data files of a checkpoint there, for somebody else to commit.
 
     Args:
         final: The checkpoint.
         files: Relative POSIX path → parts; paths that nobody else uses.
         patience_seconds: How long the store may fail before that is an error.
+        until: When to begin no more of them, by `time.monotonic()`.
 
     Raises:
         OSError: the first failure; what is there has been deleted, as far as the store lets that happen at once.
     """
     keys = {(final / path).key: parts for path, parts in files.items()}
     try:
-        Store(final, Patience(patience_seconds)).put_all({key: partial(b"".join, parts) for key, parts in keys.items()})
+        makers = {key: partial(_join_in_time, parts, until) for key, parts in keys.items()}
+        Store(final, Patience(patience_seconds)).put_all(makers)
     except OSError as error:
         if not isinstance(error, Unanswered):
             with contextlib.suppress(OSError):
                 Store(final, Patience(_CLEANING_SECONDS)).delete_all(sorted(keys))
         raise
+
+
+def _join_in_time(parts: Parts, until: float | None) -> bytes:
+    if until is not None and time.monotonic() >= until:
+        raise TimeoutError(errno.ETIMEDOUT, "it was not there in time, and has been given up")
+    return b"".join(parts)
 
 
 def remove_data(folder: Address, is_left: Callable[[str], bool], patience_seconds: float) -> None:
