@@ -43,7 +43,7 @@ def build_model(steps_per_execution: int = 1, gradient_accumulation_steps: int |
     model = keras.Sequential(
         [
             layers.Input((8, 8, 1)),
-            layers.RandomTranslation(0.1, 0.1),
+            layers.GaussianNoise(0.1),  # layers that move images are not compiled by Keras, nor is a model with them
             layers.Conv2D(8, 3),
             layers.BatchNormalization(),
             layers.Activation("relu"),

@@ -217,7 +217,7 @@ def test_a_generator_is_skipped_forward_and_that_is_said(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps_per_execution": 3}, pytest.param({"jit_compile": False}, marks=pytest.mark.campaign)],
+    [{"steps_per_execution": 3}, {"jit_compile": False}],
     ids=lambda each: next(iter(each)),
 )
 def test_compiled_in_another_way_it_is_the_same(tmp_path: Path, options: dict[str, Any]) -> None:
