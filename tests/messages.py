@@ -11,9 +11,12 @@ class Messages:
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}  # guarded by self._changed
         self._changed = threading.Condition()
+        self.is_lost = False  # whether it answers no more
 
     def key_value_set(self, key: str, text: str) -> None:
         with self._changed:
+            if self.is_lost:
+                raise RuntimeError(f"UNAVAILABLE: {key}")
             if key in self.texts:
                 raise RuntimeError(f"ALREADY_EXISTS: {key}")
             self.texts[key] = text
@@ -21,6 +24,8 @@ class Messages:
 
     def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
         with self._changed:
+            if self.is_lost:
+                raise RuntimeError(f"UNAVAILABLE: {key}")
             if not self._changed.wait_for(lambda: key in self.texts, milliseconds / 1000):
                 raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
             return self.texts[key]

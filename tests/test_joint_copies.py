@@ -190,6 +190,7 @@ class Disks:
         for process, source in enumerate(self.sources):
             plan = keep_all(leaves, holders, process, cut=self._shares.layouts)
             job = self.make_job("orbax_directory", target=source, base=directory, root=source.parent)
+            job = replace(job, manifest=job.manifest | {"part": (process, 2), "save": job.key})
             with mmap.mmap(-1, plan.slot_bytes) as slot:
                 fill_slot(slot, plan, self.arrays)
                 with mmap.mmap(-1, 8) as extra:

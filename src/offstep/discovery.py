@@ -156,11 +156,11 @@ def list_newest_of(places: Sequence[Readable]) -> list[Readable]:
     found: list[tuple[int, int, Readable]] = []
     failures: list[OSError] = []
     for rank, place in enumerate(places):
-        if isinstance(place, Path) and list_parts(place) and not catalog.named_steps(place):
-            text = f"{place} is passed over: several processes have saved there, each what it held; here is one"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-            continue
         try:
+            if isinstance(place, Path) and list_parts(place) and not catalog.named_steps(place):
+                text = f"{place} is passed over: several processes have saved there, each what it held; here is one"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+                continue
             found += [(-int(path.name), rank, path) for path in list_checkpoints(place) if path.name.isdecimal()]
         except OSError as error:
             failures.append(error)

@@ -20,6 +20,7 @@ from offstep.errors import CheckpointNotFound, StructureMismatch
 from offstep.formats.slot_reader import SlotReader
 from offstep.holders import spans_processes
 from offstep.joint_discovery import agree_on_choices, name_saves
+from offstep.manifest import Manifest
 from offstep.restoration import restore, restore_from
 from offstep.stores.address import is_address, split_query
 from offstep.stores.path import Readable, StorePath, open_place
@@ -248,9 +249,8 @@ def _look(filepath: str, upload: str | None) -> dict[str, Any]:
 
 def _agree_on_own(group: Group, key: str, filepath: str, upload: str | None, tell: Tell) -> list[Readable]:
     """Returns the steps that all have on disks of their own, and those that were copied from there into a store."""
-    own = _find_own(filepath, tell)
+    own, written = _find_own(filepath, tell)
     store = None if upload is None else open_place(upload)
-    written = {step: found for step, path in own.items() if (found := manifest.read(path)) is not None}
     choices = agree_on_choices(group, key, name_saves(written, None if store is None else group.count), store)
     if own and not choices:
         root = own[max(own)].parent
@@ -261,12 +261,13 @@ def _agree_on_own(group: Group, key: str, filepath: str, upload: str | None, tel
     return [own[step] if is_own or store is None else store / str(step) for is_own, step in choices]
 
 
-def _find_own(filepath: str, tell: Tell) -> dict[int, Readable]:
+def _find_own(filepath: str, tell: Tell) -> tuple[dict[int, Readable], dict[int, Manifest]]:
     try:
-        return {int(path.name): path for path in reversed(find_checkpoints(filepath))}
-    except OSError as error:  # then it is as if this process had none; the others wait to hear that
+        own = {int(path.name): path for path in reversed(find_checkpoints(filepath))}
+        return own, {step: found for step, path in own.items() if (found := manifest.read(path)) is not None}
+    except (OSError, ValueError) as error:  # then it is as if this process had none; the others wait to hear that
         tell(f"The disk of this process cannot be read: {error}")
-        return {}
+        return {}, {}
 
 
 def _read_together(

@@ -19,7 +19,7 @@ from offstep.attachments import Value, read_extra
 from offstep.coordination import find_group
 from offstep.discovery import READ_THREADS, open_newest, open_newest_of, place_tiers
 from offstep.errors import StructureMismatch
-from offstep.joint_discovery import may_be_on_own_disks, open_together
+from offstep.joint_discovery import may_be_on_own_disks, next_key, open_together
 from offstep.matching import Matching, Renaming, Selection, TargetLeaf, rename_leaves
 from offstep.placement import (
     IN_PLACE_BYTES,
@@ -123,7 +123,7 @@ def restore(
         Array(6., dtype=float32)
     """
     check_arguments(partial, rename, threads)
-    with _collector_paused(), closing(_open(place_tiers(path, local))) as reader:
+    with _collector_paused(), closing(_open(target, place_tiers(path, local))) as reader:
         return _restore(target, reader, Wishes(partial, rename, strict, cast, threads))
 
 
@@ -155,12 +155,19 @@ def read(path: str | os.PathLike[str] | StorePath, leaf: str, *, threads: int = 
         return reader.read([Region(found)], threads)[0]
 
 
-def _open(places: Sequence[Readable]) -> Reader:
+def _open(target: Tree, places: Sequence[Readable]) -> Reader:
     """Opens a checkpoint; of those on disks of each process's own, one that the others take too."""
     group = find_group()
-    if group is None or not may_be_on_own_disks(places):
+    if group is None or not may_be_on_own_disks(places, is_spread=_is_spread(target)):
         return open_newest_of(places, verify="fast")
-    return open_together(group, places, verify="fast")
+    return open_together(group, next_key(), places, verify="fast")
+
+
+def _is_spread(target: Tree) -> bool:
+    """Returns whether a part of the target is out of this process's reach: then all processes restore it."""
+    leaves = [each.value for each in target.variables] if _is_model(target) else jax.tree_util.tree_leaves(target)
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+    return any(isinstance(each, jax.sharding.Sharding) and not each.is_fully_addressable for each in shardings)
 
 
 @contextmanager

@@ -44,6 +44,15 @@ def list_common_steps(parts: Sequence[Path]) -> dict[int, Manifest]:
     return {step: found[0][step] for step in sorted(common) if len({steps[step].save for steps in found}) == 1}
 
 
+def list_saves(parts: Sequence[Path]) -> dict[int, list[Manifest]]:
+    """Returns the steps that any of these directories has, in ascending order, each with the manifests of its parts."""
+    found: dict[int, list[Manifest]] = {}
+    for part in parts:
+        for step, written in _list_manifests(part):
+            found.setdefault(step, []).append(written)
+    return dict(sorted(found.items()))
+
+
 def _list_manifests(part: Path) -> Iterator[tuple[int, Manifest]]:
     for step in catalog.list_steps(part):
         written = manifest.read(part / str(step))
@@ -57,14 +66,19 @@ class LocalReader:
     Args:
         root: Directory of the processes' directories.
         step: Which step of all of them.
+        save: Of which save, where some of them may have the step of another one; `None` takes all.
 
     Raises:
         CheckpointDamaged: one is not what was written, or they are not of one step.
     """
 
-    def __init__(self, root: Path, step: int) -> None:
+    def __init__(self, root: Path, step: int, save: str | None = None) -> None:
         self.path = root
         checkpoints = [part / str(step) for part in list_parts(root)]
+        if save is not None:
+            checkpoints = [path for path in checkpoints if (read := manifest.read(path)) and read.save == save]
+        if not checkpoints:
+            raise CheckpointDamaged(f"step {step} is gone from {root}; restore another step")
         with closing(OrbaxReader(checkpoints[0])) as first:
             self.contents = first.contents
         self._names = {leaf.path: ".".join(map(str, leaf.path)) for leaf in self.contents.leaves}
@@ -89,9 +103,9 @@ class LocalReader:
         """Returns the regions; see `stored.Reader`."""
         return self._arrays.read([(self._names[region.leaf.path], region) for region in regions], threads, into)
 
-    def verify(self, leaves: Sequence[StoredLeaf], threads: int) -> None:
-        """Checks the checksums of what is in reach; see `stored.Reader`."""
-        self._arrays.verify([(self._names[leaf.path], leaf) for leaf in leaves], threads, is_partial=True)
+    def verify(self, leaves: Sequence[StoredLeaf], threads: int, *, is_partial: bool = True) -> None:
+        """Checks the checksums of what is in reach; see `stored.Reader`. Without `is_partial` all has to be."""
+        self._arrays.verify([(self._names[leaf.path], leaf) for leaf in leaves], threads, is_partial=is_partial)
 
     def close(self) -> None:
         """Closes its files."""
