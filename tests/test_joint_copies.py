@@ -187,9 +187,11 @@ class Disks:
         self.documents = {"model": None, "places": self._shares.places, "processes": 2}
         self._step = FORMATS["orbax_merged"].prepare(self._shares.plan(0), self.documents)
         self.sources = [directory / f"process_{process}" / "5" for process in range(2)]
+        self.plans: list[Plan] = []
         for process, source in enumerate(self.sources):
             plan = keep_all(leaves, holders, process, cut=self._shares.layouts)
             job = self.make_job("orbax_directory", target=source, base=directory, root=source.parent)
+            self.plans.append(plan)
             job = replace(job, manifest=job.manifest | {"part": (process, 2), "save": job.key})
             with mmap.mmap(-1, plan.slot_bytes) as slot:
                 fill_slot(slot, plan, self.arrays)

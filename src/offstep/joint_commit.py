@@ -57,6 +57,8 @@ class JointCommits:
         commit_seconds: float,
     ) -> None:
         self._group, self._writer = group, writer
+        # The plan of the saves, which a share's is where nothing is copied, whoever has opened this drops.
+        self._plans = [plan for plan in (share_plan if is_local else None, merged_plan) if plan is not None]
         self._is_local, self._commit_seconds = is_local, commit_seconds
         number = next(_engine_numbers)
         self._meeting_key = f"offstep/{number}"
@@ -153,6 +155,8 @@ class JointCommits:
         self._decisions.end()
         if self._copies is not None:
             self._copies.end()
+        for plan in self._plans:
+            self._writer.drop_plan(plan)
 
     # ------------------------------------------------------------------------------------------------ the writer
 
@@ -220,7 +224,12 @@ class JointCommits:
         merged = self._decisions.decide(save, partial(self._list_busy, save))
         if self._is_local:  # now that all have this one, older steps may go from this process's own disk
             busy = () if self._copies is None else self._copies.sources
-            merged = self._decisions.have_done(save, {}, format="orbax_retire", busy=busy)
+            try:
+                merged = self._decisions.have_done(save, {}, format="orbax_retire", busy=busy)
+            except Failure as failure:  # it is durable in all, and all have it copied
+                remark = f"step {save.job.step} is durable, but older ones may not have been deleted: {failure}"
+                outcome = _describe_durable(save, None)
+                return outcome | {"remarks": [*outcome["remarks"], remark]}
         return _describe_durable(save, merged)
 
     def _list_busy(self, save: JointSave) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ def write(job: Job, prepared: PreparedShare, slot: mmap.mmap, attachments: Mappi
     if prepared.item is not None:
         file, chunks = _find_chunks(source / STATE, prepared.item)
         view = _map(source / STATE / file)
+        _read_manifest(source, job)  # once more: from here on it stays what it was, even if it is saved again
         nonfinite = _count(view, prepared, chunks)
         pieces += _cut(prepared.item, chunks, view)
     sizes = put_pieces(job, parse_address(job.target), prepared, [*pieces, *attached.values()])
