@@ -211,7 +211,7 @@ checkpointer.save(1, state(1))
 for how in (os._exit, sys.exit):
     child = os.fork()
     if child == 0:
-        signal.alarm(10)  # JAX itself may crash or hang in a child's exit handlers
+        signal.alarm(3)  # JAX itself may crash or hang in a child's exit handlers
         how(0)
     os.waitpid(child, 0)
 checkpointer.save(2, state(2))
