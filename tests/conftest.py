@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ def pytest_configure() -> None:
 
     Most of the time went there, and nothing that is tested depends on how fast a training step is.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     directory = tempfile.mkdtemp(prefix="offstep-programs-")
     atexit.register(shutil.rmtree, directory)

@@ -138,11 +138,13 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_others_tell(told: list[joint.Trainer], process: int | None, root: Path) -> None:
-    """All but one say whether step 2 is there, unless JAX has ended them because process 0 is gone."""
+    """All but one say whether step 2 is there or that it may still come, unless JAX has ended them with process 0."""
     is_there = 2 in catalog.list_steps(root)
     for number, trainer in enumerate(told):
         if number != process and trainer.status == 0:
-            assert bool(trainer.report["failures"]) != is_there, trainer.errors
+            failures = trainer.report["failures"]
+            is_unsure = failures and "it may still appear there" in failures[0]
+            assert is_unsure or bool(failures) != is_there, trainer.errors
             assert trainer.report["waited"] < LATEST_SECONDS
 
 

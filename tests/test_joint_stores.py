@@ -317,7 +317,9 @@ def test_killed_at_every_message(message: dict[str, Any], process: int, run: str
     is_there = 2 in list_steps(run)
     for number, trainer in enumerate(told):
         if number != process and trainer.status == 0:  # else JAX has ended it, because process 0 is gone
-            assert bool(trainer.report["failures"]) != is_there, trainer.errors
+            failures = trainer.report["failures"]
+            is_unsure = failures and "it may still appear there" in failures[0]
+            assert is_unsure or bool(failures) != is_there, trainer.errors
     assert_whole(run, 1)
     if is_there:
         assert_whole(run, 2)

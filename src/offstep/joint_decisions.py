@@ -241,7 +241,8 @@ class JointDecisions:
             save.is_refused = "error" in told and not told.get("is_unsure", False)
             refuse(told)
         elif self._is_local or not self._look_for(save, reason):
-            raise Failure(reason)
+            # The primary may be slow, and its writer may have outlived it.
+            raise Failure(f"{reason}; it may still appear there, and whole", is_unsure=True)
 
     def _look_for(self, save: JointSave, reason: str) -> bool:
         """Returns whether the step has been committed."""
