@@ -71,6 +71,7 @@ def assert_same(told: list[dict[str, Any]], count: int, kind: str, elsewhere: Pa
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.timeout(300)
 def test_killed_in_mid_epoch_they_end_with_the_same_bits(tmp_path: Path, elsewhere: Path) -> None:
     options = {"kind": "model", **FREQUENT}
     run_until_killed(2, tmp_path, options, 9)
